@@ -1,0 +1,1 @@
+"""Processes: from a specification to an exit code."""

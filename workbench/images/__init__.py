@@ -1,0 +1,1 @@
+"""Files: blobs, layers, images and their names."""

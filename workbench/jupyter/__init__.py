@@ -1,0 +1,1 @@
+"""The edges that speak Jupyter; asyncio lives only here."""

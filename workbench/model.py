@@ -1,0 +1,192 @@
+"""Value types and named errors that every room shares. Nothing here touches the disk or the kernel."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Network = Literal["none", "outbound", "host"]
+NETWORKS: tuple[Network, ...] = ("none", "outbound", "host")
+
+
+class WorkbenchError(Exception):
+    """Something that a person can act on: what was tried, what stood in the way, what to do.
+
+    ``str()`` is always one line. Edges decide what it means for them: an exit code in
+    ``cli.py``, an HTTP status in ``jupyter/handlers.py``.
+    """
+
+    def __init__(self, tried: str, obstacle: str, remedy: str = "") -> None:
+        self.tried, self.obstacle, self.remedy = tried, obstacle, remedy
+        line = f"{tried}: {obstacle}" + (f"; {remedy}" if remedy else "")
+        super().__init__(" ".join(line.split()))
+
+    def as_dict(self) -> dict[str, str]:
+        """The error as it crosses a process boundary; ``from_dict`` is its inverse."""
+        return {
+            "error": type(self).__name__,
+            "tried": self.tried,
+            "obstacle": self.obstacle,
+            "remedy": self.remedy,
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, str]) -> WorkbenchError:
+        kinds = {kind.__name__: kind for kind in WorkbenchError.__subclasses__()}
+        kind = kinds.get(data.get("error", ""), WorkbenchError)
+        return kind(data.get("tried", ""), data.get("obstacle", ""), data.get("remedy", ""))
+
+
+class InvalidInput(WorkbenchError):
+    """A recipe, a name or an option that cannot be meant."""
+
+
+class NotFound(WorkbenchError):
+    """An image, a container, a layer or a file that is not there."""
+
+
+class Conflict(WorkbenchError):
+    """Somebody else holds it, or it is still in use."""
+
+
+class HostLacks(WorkbenchError):
+    """The host cannot do what is needed; ``doctor`` names the same thing."""
+
+
+class Corrupt(WorkbenchError):
+    """What is on disk is not what its digest says."""
+
+
+class BuildFailed(WorkbenchError):
+    """A step of a recipe ended badly."""
+
+
+class LaunchFailed(WorkbenchError):
+    """A container could not be started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a container may use. ``None`` means no limit of that kind.
+
+    memory: bytes; processes: how many processes and threads; cpus: processors, may be a fraction.
+    """
+
+    memory: int | None = None
+    processes: int | None = None
+    cpus: float | None = None
+
+    def stricter(self, other: Limits) -> Limits:
+        """The smaller of each limit: an image can narrow what the configuration grants, never widen it."""
+
+        def least(a: Any, b: Any) -> Any:
+            return min((value for value in (a, b) if value is not None), default=None)
+
+        return Limits(
+            least(self.memory, other.memory),
+            least(self.processes, other.processes),
+            least(self.cpus, other.cpus),
+        )
+
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from ``"512M"``, ``"2GiB"``, ``"1.5g"`` or a plain number. Raises InvalidInput."""
+    if isinstance(text, int):
+        return text
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if not found:
+        raise InvalidInput("read a size", f"{text!r} is no number of bytes", 'write it like "512M" or "2G"')
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def format_size(size: int) -> str:
+    """``536870912`` as ``512.0 MiB``."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A host folder or file seen inside: absolute paths, never created on the host."""
+
+    source: str
+    target: str
+    read_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """How an image's kernel is started; ``{connection_file}`` in argv is replaced at launch."""
+
+    argv: tuple[str, ...]
+    language: str = "python"
+    display_name: str = ""
+    interrupt_mode: Literal["signal", "message"] = "signal"
+    supported_encryption: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An immutable environment. ``id`` is the sha256 of its OCI config (``sha256:<hex>``).
+
+    diff_ids: lowest layer first, as in the OCI image spec's ``rootfs.diff_ids``.
+    """
+
+    id: str
+    diff_ids: tuple[str, ...]
+    env: tuple[tuple[str, str], ...] = ()
+    cmd: tuple[str, ...] = ()
+    working_dir: str = "/"
+    kernel: Kernel | None = None
+    limits: Limits = Limits()
+    created: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a container's main process ended. ``reason`` is one line for people, empty when it ended well."""
+
+    code: int
+    reason: str = ""
+    limit: Literal["", "memory", "processes"] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that ``check`` or ``doctor`` found. ``remedy`` is the one line that mends it."""
+
+    what: str
+    obstacle: str
+    remedy: str = ""
+    repaired: bool = False
+
+
+#: Paths in a writable layer that never count as a change of the environment (proc(5)-like trees,
+#: temporary files, caches and histories), relative to ``/``; a trailing slash covers what lies below.
+NOT_ENVIRONMENT: tuple[str, ...] = (
+    "proc/", "sys/", "dev/", "run/", "tmp/", "var/tmp/",
+    "root/.cache/", "root/.ipython/", "root/.local/share/jupyter/runtime/",
+    "root/.bash_history", "root/.python_history",
+    "var/cache/apt/", "var/lib/apt/lists/", "var/log/",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What of the host's own settings is offered to builds and kernels, and never kept in a layer.
+
+    env: variables; files: (host path, path inside) pairs to be bound read-only.
+    """
+
+    env: tuple[tuple[str, str], ...] = field(default=())
+    files: tuple[tuple[str, str], ...] = field(default=())
