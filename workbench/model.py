@@ -18,25 +18,26 @@ class WorkbenchError(Exception):
     ``cli.py``, an HTTP status in ``jupyter/handlers.py``.
     """
 
-    def __init__(self, tried: str, obstacle: str, remedy: str = "") -> None:
-        self.tried, self.obstacle, self.remedy = tried, obstacle, remedy
+    def __init__(self, tried: str, obstacle: str, remedy: str = "", exit_code: int = 1) -> None:
+        self.tried, self.obstacle, self.remedy, self.exit_code = tried, obstacle, remedy, exit_code
         line = f"{tried}: {obstacle}" + (f"; {remedy}" if remedy else "")
         super().__init__(" ".join(line.split()))
 
-    def as_dict(self) -> dict[str, str]:
+    def as_dict(self) -> dict[str, Any]:
         """The error as it crosses a process boundary; ``from_dict`` is its inverse."""
         return {
             "error": type(self).__name__,
             "tried": self.tried,
             "obstacle": self.obstacle,
             "remedy": self.remedy,
+            "exit_code": self.exit_code,
         }
 
     @staticmethod
-    def from_dict(data: Mapping[str, str]) -> WorkbenchError:
+    def from_dict(data: Mapping[str, Any]) -> WorkbenchError:
         kinds = {kind.__name__: kind for kind in WorkbenchError.__subclasses__()}
         kind = kinds.get(data.get("error", ""), WorkbenchError)
-        return kind(data.get("tried", ""), data.get("obstacle", ""), data.get("remedy", ""))
+        return kind(data.get("tried", ""), data.get("obstacle", ""), data.get("remedy", ""), data.get("exit_code", 1))
 
 
 class InvalidInput(WorkbenchError):
@@ -185,8 +186,10 @@ NOT_ENVIRONMENT: tuple[str, ...] = (
 class Settings:
     """What of the host's own settings is offered to builds and kernels, and never kept in a layer.
 
-    env: variables; files: (host path, path inside) pairs to be bound read-only.
+    env: variables; files: (host path, path inside) pairs to be bound read-only; texts: (path inside,
+    content) pairs of small files that whoever starts a container writes into its run folder.
     """
 
     env: tuple[tuple[str, str], ...] = field(default=())
     files: tuple[tuple[str, str], ...] = field(default=())
+    texts: tuple[tuple[str, str], ...] = field(default=())
