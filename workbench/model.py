@@ -187,9 +187,11 @@ class Settings:
     """What of the host's own settings is offered to builds and kernels, and never kept in a layer.
 
     env: variables; files: (host path, path inside) pairs to be bound read-only; texts: (path inside,
-    content) pairs of small files that whoever starts a container writes into its run folder.
+    content) pairs of small files that are made inside; mirrors: archive (``debian``, ``security``) and the
+    address that the host uses in place of Debian's own, which ``host_settings.for_suite`` turns into texts.
     """
 
     env: tuple[tuple[str, str], ...] = field(default=())
     files: tuple[tuple[str, str], ...] = field(default=())
     texts: tuple[tuple[str, str], ...] = field(default=())
+    mirrors: tuple[tuple[str, str], ...] = field(default=())

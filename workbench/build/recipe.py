@@ -102,9 +102,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def limit_values(self) -> Limits:
         """The limits in the units of the model."""
         memory = self.limits.memory
-        return Limits(
-            None if memory is None else parse_size(memory), self.limits.processes, self.limits.cpus
-        )
+        return Limits(None if memory is None else parse_size(memory), self.limits.processes, self.limits.cpus)
 
 
 def requirement_name(text: str) -> str:

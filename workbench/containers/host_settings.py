@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -49,18 +50,15 @@ SECURITY = "http://security.debian.org/debian-security"
 _DEFAULTS = ("deb.debian.org", "security.debian.org")
 
 
-def discover(
-    environ: Mapping[str, str] = os.environ, *, suite: str | None = None, root: str = "/"
-) -> Settings:
+def discover(environ: Mapping[str, str] = os.environ, *, root: str = "/") -> Settings:
     """What the host offers, as variables, files and texts for a container.
 
-    environ: the user's environment. suite: the Debian suite of the image; given one, a mirror that the host
-    uses in place of Debian's own is offered to apt as well. root: where the host's files are looked for.
+    environ: the user's environment; root: where the host's own files are looked for. Reads a few small
+    files and starts no program unless apt's configuration speaks of a proxy.
     """
     host = _Host(environ, root)
-    env: dict[str, str] = {}
+    env: dict[str, str] = {"APT_CONFIG": APT_CONF}
     files: list[tuple[str, str]] = []
-    texts: list[tuple[str, str]] = []
     bundle = host.ca_bundle()
     if bundle:
         files.append((bundle, CA_FILE))
@@ -69,12 +67,20 @@ def discover(
     pip = host.pip()
     env.update({f"PIP_{name.upper().replace('-', '_')}": value for name, value in pip.items()})
     env.update(host.uv(pip))
-    mirrors = host.apt_mirrors() if suite else {}
-    if mirrors:
-        texts.append((APT_SOURCES, apt_sources(suite or "", mirrors)))
-    texts.append((APT_CONF, _apt_conf(bundle is not None, bool(mirrors), host.apt_proxies())))
-    env["APT_CONFIG"] = APT_CONF
-    return Settings(tuple(sorted(env.items())), tuple(files), tuple(texts))
+    texts = ((APT_CONF, _apt_conf(bundle is not None, host.apt_proxies())),)
+    return Settings(
+        tuple(sorted(env.items())), tuple(files), texts, mirrors=tuple(sorted(host.apt_mirrors().items()))
+    )
+
+
+def for_suite(settings: Settings, suite: str) -> Settings:
+    """The settings for an image of a Debian suite: the host's mirrors, if it has any, in place of Debian's."""
+    if not settings.mirrors:
+        return settings
+    more = f'Dir::Etc::SourceList "{APT_SOURCES}";\nDir::Etc::SourceParts "/dev/null";\n'
+    texts = [(path, text + more if path == APT_CONF else text) for path, text in settings.texts]
+    texts.append((APT_SOURCES, apt_sources(suite, dict(settings.mirrors))))
+    return replace(settings, texts=tuple(texts))
 
 
 def apt_sources(suite: str, mirrors: Mapping[str, str] = {}) -> str:
@@ -87,13 +93,11 @@ def apt_sources(suite: str, mirrors: Mapping[str, str] = {}) -> str:
     )
 
 
-def _apt_conf(certificates: bool, sources: bool, proxies: Mapping[str, str]) -> str:
+def _apt_conf(certificates: bool, proxies: Mapping[str, str]) -> str:
     # apt's download user could not read below /run/workbench, which only root may enter.
     lines = ['APT::Sandbox::User "root";']
     if certificates:
         lines.append(f'Acquire::https::CAInfo "{CA_FILE}";')
-    if sources:
-        lines += [f'Dir::Etc::SourceList "{APT_SOURCES}";', 'Dir::Etc::SourceParts "/dev/null";']
     lines += [f'Acquire::{scheme}::Proxy "{value}";' for scheme, value in sorted(proxies.items())]
     return "\n".join(lines) + "\n"
 
