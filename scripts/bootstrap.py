@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from steps import StepFailed, say, step
+from steps import StepError, say, step
 
 TOP = Path(__file__).resolve().parent.parent
 VENV = TOP / ".venv"
@@ -87,7 +87,7 @@ def as_root() -> list[str] | None:
 
 def ask_for(command: str, why: str) -> None:
     """Give up with the one line that a person with root rights has to run."""
-    raise StepFailed(f"{why}; as root, run: {command}")
+    raise StepError(f"{why}; as root, run: {command}")
 
 
 def install_tools(tools: tuple[Tool, ...]) -> None:
@@ -102,7 +102,9 @@ def install_tools(tools: tuple[Tool, ...]) -> None:
     install = ["apt-get", "install", "-y", "--no-install-recommends", *names]
     prefix = as_root()
     if not shutil.which("apt-get"):
-        raise StepFailed(f"this is no Debian: install the counterparts of {' '.join(names)} and run this again")
+        raise StepError(
+            f"this is no Debian: install the counterparts of {' '.join(names)} and run this again"
+        )
     if prefix is None:
         ask_for(" ".join(install), "packages are missing and this user may not install them")
         return
@@ -117,7 +119,9 @@ def grant_ids(user: str | None = None) -> None:
     if name == "root":
         return
     files = (Path("/etc/subuid"), Path("/etc/subgid"))
-    lines = [line.split(":") for file in files if file.exists() for line in file.read_text().splitlines() if line]
+    lines = [
+        line.split(":") for file in files if file.exists() for line in file.read_text().splitlines() if line
+    ]
     numbers = {file: any(line.startswith(f"{name}:") for line in _lines(file)) for file in files}
     if all(numbers.values()):
         return
@@ -130,7 +134,9 @@ def grant_ids(user: str | None = None) -> None:
     if prefix is None:
         ask_for(" ".join(command), f"{name} has no id range in /etc/subuid")
         return
-    step("usermod", [*prefix, "env", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", *command], log=LOGS / "usermod.log")
+    step(
+        "usermod", [*prefix, "env", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", *command], log=LOGS / "usermod.log"
+    )
 
 
 def _lines(file: Path) -> list[str]:
@@ -155,10 +161,21 @@ def make_environment(extras: str) -> None:
         shutil.rmtree(VENV)  # the checkout was moved: scripts in there name the old place
     python = VENV / "bin" / "python"
     if not (python.exists() and (VENV / "bin" / "pip").exists()):
-        step("virtual environment", [sys.executable, "-m", "venv", "--clear", str(VENV)], log=LOGS / "venv.log")
+        step(
+            "virtual environment", [sys.executable, "-m", "venv", "--clear", str(VENV)], log=LOGS / "venv.log"
+        )
     step(
         "Python packages",
-        [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "-e", f".[{extras}]"],
+        [
+            str(python),
+            "-m",
+            "pip",
+            "install",
+            "--disable-pip-version-check",
+            "--no-input",
+            "-e",
+            f".[{extras}]",
+        ],
         log=LOGS / "pip.log",
         cwd=TOP,
     )
@@ -173,9 +190,9 @@ def needs_browser() -> bool:
 
 
 def set_up(goal: str) -> None:
-    """All that a goal needs. Raises StepFailed with one line when something cannot be had."""
-    if sys.version_info < (3, 11):
-        raise StepFailed(
+    """All that a goal needs. Raises StepError with one line when something cannot be had."""
+    if sys.version_info < (3, 11):  # noqa: UP036 - it may well be an older one that reads this
+        raise StepError(
             f"Python {sys.version.split()[0]} is too old, 3.11 is needed; name one with: make PYTHON=..."
         )
     extras, tools = GOALS[goal]
@@ -197,7 +214,7 @@ def main() -> int:
         return 2
     try:
         set_up(goal)
-    except StepFailed as error:
+    except StepError as error:
         print(f"bootstrap: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

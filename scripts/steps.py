@@ -18,7 +18,7 @@ from pathlib import Path
 HEARTBEAT = 10.0
 
 
-class StepFailed(Exception):
+class StepError(Exception):
     """A command of the set-up ended badly; its last lines were shown."""
 
 
@@ -28,11 +28,16 @@ def say(text: str) -> None:
 
 
 def step(
-    title: str, command: Sequence[str], *, log: Path, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    title: str,
+    command: Sequence[str],
+    *,
+    log: Path,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
 ) -> None:
     """Run a command quietly: its output goes to ``log``, a sign of life to the terminal.
 
-    Raises StepFailed when it ends badly, after showing the last lines it wrote.
+    Raises StepError when it ends badly, after showing the last lines it wrote.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -42,7 +47,12 @@ def step(
     last, shown = "", started
     with log.open("w") as file, selectors.DefaultSelector() as selector:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd, env=env
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=cwd,
+            env=env,
         )
         assert process.stdout is not None
         selector.register(process.stdout, selectors.EVENT_READ)
@@ -58,7 +68,11 @@ def step(
                 now = time.monotonic()
                 if lively:
                     width = shutil.get_terminal_size().columns - 1
-                    print(f"\r\033[K{f'  {title} ... {now - started:.0f} s  {last}'[:width]}", end="", flush=True)
+                    print(
+                        f"\r\033[K{f'  {title} ... {now - started:.0f} s  {last}'[:width]}",
+                        end="",
+                        flush=True,
+                    )
                 elif now - shown >= HEARTBEAT:
                     shown = now
                     say(f"    {now - started:.0f} s  {last[:90]}")
@@ -77,4 +91,4 @@ def step(
         return
     for line in log.read_text().splitlines()[-20:]:
         say(f"    {line}")
-    raise StepFailed(f"{title}: exit code {code} after {seconds:.1f} s; everything it wrote is in {log}")
+    raise StepError(f"{title}: exit code {code} after {seconds:.1f} s; everything it wrote is in {log}")

@@ -49,11 +49,11 @@ class Check:
         return None if self.state == "ok" else Problem(self.name, self.found, self.remedy)
 
 
-class _Lacks(Exception):
+class _LacksError(Exception):
     """A check failed: (what was found, the remedy)."""
 
 
-class _Note(Exception):
+class _NoteError(Exception):
     """A check found something that is good to know: (what was found, the remedy)."""
 
 
@@ -80,9 +80,9 @@ def examine(home: Path) -> list[Check]:
 def _run(name: str, check: Callable[[], str]) -> Check:
     try:
         return Check(name, "ok", check())
-    except _Note as note:
+    except _NoteError as note:
         return Check(name, "note", *note.args)
-    except _Lacks as lacks:
+    except _LacksError as lacks:
         return Check(name, "missing", *lacks.args)
     except WorkbenchError as error:
         return Check(name, "missing", error.obstacle, error.remedy)
@@ -105,7 +105,7 @@ def _kernel() -> str:
     # 5.12: mount_setattr(2) and id-mapped mounts; 5.19: overlayfs over them, which root's containers need.
     floor = (5, 19) if os.geteuid() == 0 else (5, 12)
     if version < floor:
-        raise _Lacks(f"Linux {release}", f"boot Linux {floor[0]}.{floor[1]} or later")
+        raise _LacksError(f"Linux {release}", f"boot Linux {floor[0]}.{floor[1]} or later")
     return f"Linux {release}"
 
 
@@ -130,8 +130,8 @@ def _user_namespaces() -> str:
         for path, bad, good in knobs:
             if _setting(path) == bad:
                 name = path.replace("/", ".")
-                raise _Lacks(f"{name} is {bad}", f"{sudo}sysctl -w {name}={good}") from None
-        raise _Lacks(
+                raise _LacksError(f"{name} is {bad}", f"{sudo}sysctl -w {name}={good}") from None
+        raise _LacksError(
             f"the kernel refuses them ({obstacle})",
             "allow user namespaces to this user (in a container: start that one with fewer restrictions)",
         ) from None
@@ -146,17 +146,17 @@ def _id_range() -> str:
     tools = [tool for tool in ("newuidmap", "newgidmap") if not _program(tool)]
     cost = "without it a container has one user only, and apt-get does not work inside"
     if tools:
-        raise _Note(f"{' and '.join(tools)} not found: {cost}", _install("uidmap"))
+        raise _NoteError(f"{' and '.join(tools)} not found: {cost}", _install("uidmap"))
     if ids.kind == "single":
-        raise _Note(f"{name} has none in /etc/subuid and /etc/subgid: {cost}", _grant(name))
+        raise _NoteError(f"{name} has none in /etc/subuid and /etc/subgid: {cost}", _grant(name))
     for tool in ("newuidmap", "newgidmap"):
         path = _program(tool) or tool
         privileged = os.stat(path).st_mode & stat.S_ISUID or "security.capability" in os.listxattr(path)
         if not privileged:
-            raise _Lacks(f"{path} is neither set-uid nor has it a capability", f"sudo chmod u+s {path}")
+            raise _LacksError(f"{path} is neither set-uid nor has it a capability", f"sudo chmod u+s {path}")
     count = min(ids.sub_uids[1], ids.sub_gids[1])
     if count < userns.IDS - 1:
-        raise _Note(
+        raise _NoteError(
             f"only {count} ids; packages that use id 65534 (nobody) need {userns.IDS}", _grant(name)
         )
     return f"{count} ids from {ids.sub_uids[0]}"
@@ -185,12 +185,12 @@ def _store(home: Path) -> str:
     there = _nearest(home)
     owner = there.stat().st_uid
     if there == home and owner != os.geteuid():
-        raise _Lacks(
+        raise _LacksError(
             f"{home} belongs to uid {owner}, not to uid {os.geteuid()}",
             "set WORKBENCH_HOME to a folder of yours",
         )
     if not os.access(there, os.W_OK | os.X_OK):
-        raise _Lacks(f"{there} cannot be written", "set WORKBENCH_HOME to a folder of yours")
+        raise _LacksError(f"{there} cannot be written", "set WORKBENCH_HOME to a folder of yours")
     return str(home) + ("" if there == home else " (made at the first use)")
 
 
@@ -198,19 +198,21 @@ def _space(home: Path) -> str:
     usage = shutil.disk_usage(_nearest(home))
     found = f"{format_size(usage.free)} free"
     if usage.free < SCARCE:
-        raise _Lacks(found, "free some space; `jupyter workbench gc` removes what no name and no container needs")
+        raise _LacksError(
+            found, "free some space; `jupyter workbench gc` removes what no name and no container needs"
+        )
     return found
 
 
 def _overlay(home: Path) -> str:
     there = _nearest(home)
     if not os.access(there, os.W_OK | os.X_OK):
-        raise _Lacks(f"not tried: {there} cannot be written", "set WORKBENCH_HOME to a folder of yours")
+        raise _LacksError(f"not tried: {there} cannot be written", "set WORKBENCH_HOME to a folder of yours")
     with _scratch(there) as folder:
         try:
             _in_namespaces("overlay", folder)
         except OSError as error:
-            raise _Lacks(
+            raise _LacksError(
                 f"cannot be mounted over {there}: {error.strerror}",
                 "set WORKBENCH_HOME to a folder on ext4, xfs, btrfs or tmpfs; on Linux before 5.11 update it",
             ) from None
@@ -241,7 +243,7 @@ def _seccomp() -> str:
     try:
         library = ctypes.CDLL("libseccomp.so.2")
     except OSError:
-        raise _Lacks(
+        raise _LacksError(
             "libseccomp.so.2 cannot be loaded: nothing is started without it", _install("libseccomp2")
         ) from None
 
@@ -256,7 +258,7 @@ def _seccomp() -> str:
 def _init() -> str:
     path = _program("tini-static")
     if path is None:
-        raise _Lacks("tini-static not found", _install("tini"))
+        raise _LacksError("tini-static not found", _install("tini"))
     return path
 
 
@@ -267,8 +269,10 @@ def _limits() -> str:
     kind, controllers = cgroup.available()
     lacking = [name for name in ("memory", "pids", "cpu") if name not in controllers]
     if kind == "none" or lacking:
-        what = "no cgroup may be made here" if kind == "none" else f"cgroup {kind} without {', '.join(lacking)}"
-        raise _Note(
+        what = (
+            "no cgroup may be made here" if kind == "none" else f"cgroup {kind} without {', '.join(lacking)}"
+        )
+        raise _NoteError(
             f"{what}: memory is limited for each process (rlimits), not for the container",
             "start from a session with a delegated cgroup: systemd-run --user --scope -p Delegate=yes ...",
         )
@@ -279,7 +283,7 @@ def _network_root() -> str:
     try:
         _in_namespaces("links")
     except OSError as error:
-        raise _Lacks(
+        raise _LacksError(
             f"no {error.filename or 'links'} in this kernel: {error.strerror}",
             "load the modules veth, bridge and nf_tables, or use --network none or host",
         ) from None
@@ -289,11 +293,11 @@ def _network_root() -> str:
 def _network_user() -> str:
     path = _program("pasta")
     if path is None:
-        raise _Lacks("pasta not found: network `outbound` does not work", _install("passt"))
+        raise _LacksError("pasta not found: network `outbound` does not work", _install("passt"))
     try:
         os.close(os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        raise _Lacks(
+        raise _LacksError(
             f"/dev/net/tun cannot be opened ({error.strerror}): network `outbound` does not work",
             "sudo modprobe tun && sudo chmod 0666 /dev/net/tun",
         ) from None
@@ -303,19 +307,23 @@ def _network_user() -> str:
 def _mmdebstrap() -> str:
     path = _program("mmdebstrap")
     if path is None:
-        raise _Lacks("mmdebstrap not found: `build` does not work", _install("mmdebstrap"))
+        raise _LacksError("mmdebstrap not found: `build` does not work", _install("mmdebstrap"))
     return path
 
 
 def _certificates() -> str:
     named = os.environ.get("SSL_CERT_FILE")
     if named and not os.path.isfile(named):
-        raise _Lacks(f"SSL_CERT_FILE names {named}, which is not there", "unset SSL_CERT_FILE, or mend it")
+        raise _LacksError(
+            f"SSL_CERT_FILE names {named}, which is not there", "unset SSL_CERT_FILE, or mend it"
+        )
     default = ssl.get_default_verify_paths().cafile
     for path in (named, default, "/etc/ssl/certs/ca-certificates.crt"):
         if path and os.path.isfile(path):
             return path
-    raise _Note("no bundle of certificates found: downloads by https will fail", _install("ca-certificates"))
+    raise _NoteError(
+        "no bundle of certificates found: downloads by https will fail", _install("ca-certificates")
+    )
 
 
 # --- what is tried in a process of its own ------------------------------------------------------------------
@@ -331,7 +339,9 @@ def _in_namespaces(probe: str, *arguments: str) -> None:
             os.close(writer)
         raw = answer.read()
         process.wait()
-    result = json.loads(raw) if raw else {"errno": 0, "strerror": f"the trial ended with {process.returncode}"}
+    result = (
+        json.loads(raw) if raw else {"errno": 0, "strerror": f"the trial ended with {process.returncode}"}
+    )
     if result:
         raise OSError(result["errno"], result["strerror"], result.get("filename"))
 
@@ -340,7 +350,12 @@ def _probe(writer: str, probe: str, *arguments: str) -> None:
     """The trial's own side: an empty object for success, or the OSError as JSON."""
     answer: dict[str, object] = {}
     try:
-        {"user": _probe_user, "overlay": _probe_overlay, "links": _probe_links}[probe](*arguments)
+        if probe == "user":
+            sc.unshare(sc.CLONE_NEWUSER)  # one below B, as each container has
+        elif probe == "links":
+            _probe_links()
+        else:
+            _probe_overlay(*arguments)
     except OSError as error:
         name = error.filename
         answer = {
@@ -351,11 +366,6 @@ def _probe(writer: str, probe: str, *arguments: str) -> None:
     os.write(int(writer), json.dumps(answer).encode())
 
 
-def _probe_user() -> None:
-    """A user namespace below B, as each container has one."""
-    sc.unshare(sc.CLONE_NEWUSER)
-
-
 def _probe_overlay(folder: str) -> None:
     """An overlay with userxattr: read through, change, remove (a whiteout), make a folder (opaque)."""
     sc.unshare(sc.CLONE_NEWNS)
@@ -364,7 +374,9 @@ def _probe_overlay(folder: str) -> None:
     for name in ("lower", "upper", "work", "merged", "lower/folder"):
         os.mkdir(name)
     Path("lower/file").write_text("lower")
-    options = "lowerdir=lower,upperdir=upper,workdir=work,userxattr,redirect_dir=nofollow,metacopy=off,index=off"
+    options = (
+        "lowerdir=lower,upperdir=upper,workdir=work,userxattr,redirect_dir=nofollow,metacopy=off,index=off"
+    )
     sc.mount("overlay", "merged", "overlay", 0, options)
     Path("merged/file").write_text("upper")
     os.rmdir("merged/folder")
@@ -379,7 +391,7 @@ def _probe_overlay(folder: str) -> None:
 def _probe_links() -> None:
     """A bridge, a veth pair and a masquerading table in a network namespace of its own."""
     sc.unshare(sc.CLONE_NEWNET)
-    from pyroute2 import IPRoute
+    from pyroute2.iproute import IPRoute
     from pyroute2.netlink.exceptions import NetlinkError
     from pyroute2.nftables.main import NFTables
 
@@ -406,4 +418,3 @@ def summary(checks: Sequence[Check]) -> str:
     if missing:
         return f"{missing} of {len(checks)} points need mending."
     return "This host can run containers." + (f" {notes} to know about." if notes else "")
-

@@ -1,0 +1,263 @@
+"""Every command, its options and its help. The one parser of options, with or without configuration files."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from workbench.model import NETWORKS
+
+PROG = "jupyter workbench"
+CONFIG_NAME = "jupyter_workbench_config"
+#: ``--Workbench.memory=2G``: any setting of a configuration file, as with every Jupyter application.
+_SETTING = re.compile(r"--[A-Z]\w*\.\w+=")
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line on stderr and exit code 2 for a wrong option."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see `{self.prog} --help`", file=sys.stderr)
+        sys.exit(2)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its help, its arguments, and ``module:function`` that executes it."""
+
+    summary: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    target: str
+    description: str = ""
+    examples: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What the command line said."""
+
+    name: str
+    values: argparse.Namespace
+    settings: tuple[str, ...]
+
+    @property
+    def debug(self) -> bool:
+        """Whether plans and tracebacks are wanted."""
+        return bool(self.values.debug)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it asks for nothing that needs the configuration system."""
+        v = self.values
+        return bool(self.name) and not (self.settings or v.config)
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def _several(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("what", nargs="+", metavar=what.upper(), help=f"{what}s, each by its name or ID")
+    _json(parser)
+
+
+def _build(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="FOLDER", help="a folder with a recipe.toml")
+    parser.add_argument("--name", help="name[:tag] of the image (default: the recipe's own name)")
+    _json(parser)
+
+
+def _rmi(parser: argparse.ArgumentParser) -> None:
+    _several(parser, "image")
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--memory", metavar="SIZE", help='at most so much memory, like "512M" or "2G"')
+    parser.add_argument("--processes", metavar="N", type=int, help="at most so many processes and threads")
+    parser.add_argument("--cpus", metavar="N", type=float, help="at most so many processors, like 1.5")
+    parser.add_argument(
+        "--network", choices=NETWORKS, help="none, outbound (reach out, not be reached) or the host's own"
+    )
+    parser.add_argument(
+        "--mount", metavar="SRC[:DST][:ro]", action="append", default=[],
+        help="show a folder or file of this machine inside; may be given more than once",
+    )  # fmt: skip
+    parser.add_argument(
+        "--env", metavar="NAME=VALUE", action="append", default=[],
+        help="a variable for the command; may be given more than once",
+    )  # fmt: skip
+    parser.add_argument("--no-folder", action="store_true", help="do not show the current folder inside")
+    parser.add_argument(
+        "--rm", action="store_true", help="remove the container even when it changed something"
+    )
+    parser.add_argument("image", metavar="IMAGE", help="an image, by name or ID")
+    command = parser.add_argument(
+        "command", metavar="COMMAND", nargs=argparse.REMAINDER,
+        help="what to run, with its own options (default: a shell)",
+    )  # fmt: skip
+    command.required = False
+
+
+def _ps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--all", "-a", action="store_true", help="stopped containers too")
+    _json(parser)
+
+
+def _logs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", metavar="CONTAINER", help="a container, by its ID or the beginning of it")
+    _json(parser)
+
+
+def _stop(parser: argparse.ArgumentParser) -> None:
+    _several(parser, "container")
+    parser.add_argument(
+        "--time", type=float, default=10.0, metavar="SECONDS", help="wait so long before killing (10)"
+    )
+
+
+def _rm(parser: argparse.ArgumentParser) -> None:
+    _several(parser, "container")
+    parser.add_argument("--force", "-f", action="store_true", help="stop it first if it runs")
+
+
+def _check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repair", action="store_true", help="mend what can be mended")
+    _json(parser)
+
+
+COMMANDS: dict[str, Command] = {
+    "build": Command(
+        "build an image from a recipe, and its kernel for Jupyter",
+        _build, "workbench.cli.commands:build",
+        "Build an image from a recipe. Each step is a layer; a step that was built\n"
+        "before is taken from the cache. The image's kernel then stands in the launcher\n"
+        "of every Jupyter client as wb-NAME.",
+        (("build recipes/python", "the image `python`"),
+         ("build . --name team/stats:2", "under another name")),
+    ),
+    "images": Command("list images", _json, "workbench.cli.commands:images"),
+    "rmi": Command(
+        "remove images", _rmi, "workbench.cli.commands:rmi",
+        "Remove names of images, and their kernels from Jupyter. Files go with `gc` once\n"
+        "nothing needs them.",
+    ),
+    "run": Command(
+        "run a command in a new container", _run, "workbench.cli.run:run",
+        "Run a command in a new container over an image. Options go before IMAGE; all\n"
+        "that follows belongs to the command. The current folder is seen inside at the\n"
+        "same path. Input, output, signals and the exit code pass through. A container\n"
+        "that changed nothing is gone afterwards; one with changes stays, stopped.",
+        (("run python", "a shell"), ("run python python script.py", "a script of the current folder"),
+         ("run --network none --memory 1G python python -V", "within limits")),
+    ),
+    "ps": Command("list containers", _ps, "workbench.cli.commands:ps"),
+    "logs": Command("what a container's kernel or command wrote", _logs, "workbench.cli.commands:logs"),
+    "stop": Command("stop running containers", _stop, "workbench.cli.commands:stop"),
+    "rm": Command("remove stopped containers and their changes", _rm, "workbench.cli.commands:rm"),
+    "gc": Command("free the space of what nothing needs", _json, "workbench.cli.commands:gc"),
+    "check": Command(
+        "compare what is on disk with its digests", _check, "workbench.cli.commands:check",
+        "Compare every file of the store with the digest it goes by. Exit code 1 when\n"
+        "something is wrong.",
+    ),
+    "doctor": Command(
+        "examine what this machine offers to containers", _json, "workbench.cli.commands:doctor",
+        "Try each thing that a container needs, and say what mends it. Exit code 1 when\n"
+        "something needed fails.",
+    ),
+}  # fmt: skip
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("more")
+    group.add_argument("--debug", action="store_true", help="print plans (mounts and steps) and tracebacks")
+    group.add_argument("--config", metavar="FILE", help=f"a configuration file (default: {CONFIG_NAME}.py)")
+
+
+def parser_of(name: str) -> argparse.ArgumentParser:
+    """The parser of one command."""
+    command = COMMANDS[name]
+    examples = [(f"{PROG} {line}", meaning) for line, meaning in command.examples]
+    width = max((len(line) for line, _ in examples), default=0)
+    epilog = "\n".join(["examples:", *(f"  {line:<{width}}  {meaning}" for line, meaning in examples)])
+    parser = _Parser(
+        prog=f"{PROG} {name}",
+        description=command.description or command.summary[0].upper() + command.summary[1:] + ".",
+        epilog=epilog if examples else None,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.arguments(parser)
+    _common(parser)
+    return parser
+
+
+def _overview() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    parser = _Parser(
+        prog=PROG,
+        usage=f"{PROG} COMMAND [OPTIONS]",
+        description="Images, and containers over them, for notebook kernels.\n\ncommands:\n"
+        + "\n".join(lines),
+        epilog=f"`{PROG} COMMAND --help` says more. First steps:\n"
+        f"  {PROG} doctor                 does this machine have all that is needed?\n"
+        f"  {PROG} build recipes/python   then start JupyterLab and take the new kernel",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    from workbench import __version__
+
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--help-all", action="store_true", help="every setting of the configuration file")
+    parser.add_argument("--generate-config", action="store_true", help=f"write a {CONFIG_NAME}.py to fill in")
+    _common(parser)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> Parsed:
+    """Read a command line. Exits by itself for ``--help`` (0) and for a wrong option (2)."""
+    if argv and not argv[0].startswith("-"):
+        name, rest = argv[0], list(argv[1:])
+        if name == "help":
+            parse([*rest[:1], "--help"])
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, 1)
+            hint = f"did you mean `{PROG} {near[0]}`?" if near else f"see `{PROG} --help`"
+            print(f"{PROG}: there is no command {name!r}; {hint}", file=sys.stderr)
+            sys.exit(2)
+        parser = parser_of(name)
+    else:
+        name, rest, parser = "", list(argv), _overview()
+        if not rest:
+            parser.print_help()
+            sys.exit(2)
+    values, unknown = parser.parse_known_args(rest)
+    settings = tuple(word for word in unknown if _SETTING.match(word))
+    wrong = [word for word in unknown if word not in settings]
+    if wrong:
+        options = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(wrong[0].split("=")[0], options, 1)
+        parser.error(f"{wrong[0]!r} is not understood" + (f", did you mean {near[0]}?" if near else ""))
+    if not name and not (values.generate_config or values.help_all):
+        parser.error("name a command")
+    return Parsed(name, values, settings)
+
+
+def config_files() -> list[str]:
+    """The configuration files that a JupyterApp of this name would load."""
+    from jupyter_core.paths import jupyter_config_path
+
+    return [
+        path
+        for folder in jupyter_config_path()
+        for name in ("jupyter_config", CONFIG_NAME)
+        for suffix in (".py", ".json")
+        if os.path.exists(path := os.path.join(folder, name + suffix))
+    ]

@@ -1,0 +1,70 @@
+"""Printing: JSON for programs, tables for people (pandas, imported only when there is one to print)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+#: A column is cut no narrower than this to fit a terminal.
+NARROWEST = 12
+
+
+def as_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def age(moment: str | float, now: datetime | None = None) -> str:
+    """``3 minutes ago`` from an ISO 8601 text or seconds since 1970; empty for an empty text."""
+    if moment == "":
+        return ""
+    if isinstance(moment, str):
+        try:
+            then = datetime.fromisoformat(moment.replace("Z", "+00:00"))
+        except ValueError:
+            return moment
+        then = then if then.tzinfo else then.replace(tzinfo=UTC)
+    else:
+        then = datetime.fromtimestamp(moment, UTC)
+    seconds = ((now or datetime.now(UTC)) - then).total_seconds()
+    if seconds < 5:
+        return "now"
+    for unit, size in (("year", 31557600), ("month", 2629800), ("week", 604800), ("day", 86400),
+                       ("hour", 3600), ("minute", 60), ("second", 1)):  # fmt: skip
+        count = int(seconds // size)
+        if count:
+            return f"{count} {unit}{'' if count == 1 else 's'} ago"
+    return "now"
+
+
+def table(rows: Sequence[Mapping[str, str]], *, width: int | None = None) -> str:
+    """Rows of equal keys as an aligned table: the keys are the header, the last column is cut to fit.
+
+    width: columns of text; default: the terminal's where stdout is one, else no limit.
+    """
+    import pandas
+
+    if width is None and sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+    frame = pandas.DataFrame(list(rows), dtype=str)
+    frame.columns = [str(name).upper() for name in frame.columns]
+    if width is not None and len(frame.columns):
+        last = frame.columns[-1]
+        others = sum(max(len(name), *frame[name].str.len()) + 2 for name in frame.columns[:-1])
+        room = max(width - others, NARROWEST)
+        frame[last] = [text if len(text) <= room else text[: room - 1] + "…" for text in frame[last]]
+    for name in frame.columns:
+        frame[name] = frame[name].str.ljust(max(len(name), *frame[name].str.len()) + 1)
+    with pandas.option_context("display.max_colwidth", None):
+        text = str(frame.to_string(index=False, justify="left", col_space=0))
+    # to_string keeps a blank before the first column and pads the last one.
+    return "\n".join(line.removeprefix(" ").rstrip() for line in text.splitlines())
+
+
+def error(text: str) -> None:
+    """One line on stderr, as every message of the command line begins."""
+    print(f"jupyter workbench: {text}", file=sys.stderr, flush=True)
