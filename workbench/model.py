@@ -188,7 +188,7 @@ class Settings:
 
     env: variables; files: (host path, path inside) pairs to be bound read-only; texts: (path inside,
     content) pairs of small files that are made inside; mirrors: archive (``debian``, ``security``) and the
-    address that the host uses in place of Debian's own, which ``host_settings.for_suite`` turns into texts.
+    address that the host uses in place of Debian's own.
     """
 
     env: tuple[tuple[str, str], ...] = field(default=())

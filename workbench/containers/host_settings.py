@@ -50,11 +50,14 @@ SECURITY = "http://security.debian.org/debian-security"
 _DEFAULTS = ("deb.debian.org", "security.debian.org")
 
 
-def discover(environ: Mapping[str, str] = os.environ, *, root: str = "/") -> Settings:
+def discover(
+    environ: Mapping[str, str] = os.environ, *, suite: str | None = None, root: str = "/"
+) -> Settings:
     """What the host offers, as variables, files and texts for a container.
 
-    environ: the user's environment; root: where the host's own files are looked for. Reads a few small
-    files and starts no program unless apt's configuration speaks of a proxy.
+    environ: the user's environment; suite: the Debian suite inside, for which a mirror that the host uses is
+    offered to apt; root: where the host's own files are looked for. Reads a few small files and starts no
+    program unless apt's configuration speaks of a proxy.
     """
     host = _Host(environ, root)
     env: dict[str, str] = {"APT_CONFIG": APT_CONF}
@@ -68,15 +71,12 @@ def discover(environ: Mapping[str, str] = os.environ, *, root: str = "/") -> Set
     env.update({f"PIP_{name.upper().replace('-', '_')}": value for name, value in pip.items()})
     env.update(host.uv(pip))
     texts = ((APT_CONF, _apt_conf(bundle is not None, host.apt_proxies())),)
-    return Settings(
-        tuple(sorted(env.items())), tuple(files), texts, mirrors=tuple(sorted(host.apt_mirrors().items()))
-    )
+    mirrors = tuple(sorted(host.apt_mirrors().items()))
+    settings = Settings(tuple(sorted(env.items())), tuple(files), texts, mirrors)
+    return _with_mirrors(settings, suite) if suite and mirrors else settings
 
 
-def for_suite(settings: Settings, suite: str) -> Settings:
-    """The settings for an image of a Debian suite: the host's mirrors, if it has any, in place of Debian's."""
-    if not settings.mirrors:
-        return settings
+def _with_mirrors(settings: Settings, suite: str) -> Settings:
     more = f'Dir::Etc::SourceList "{APT_SOURCES}";\nDir::Etc::SourceParts "/dev/null";\n'
     texts = [(path, text + more if path == APT_CONF else text) for path, text in settings.texts]
     texts.append((APT_SOURCES, apt_sources(suite, dict(settings.mirrors))))

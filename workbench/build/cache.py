@@ -1,0 +1,86 @@
+"""Which layer a step made: one small file for each key, and a lock so that no step is built twice at once.
+
+::
+
+    cache/<key>.json    the layer and what it took; useless, and overwritten, once the layer is gone
+    cache/<key>.lock    held (flock(2)) while the step is built
+    cache/logs/         the logs of steps that failed
+    cache/uv/           uv's own cache, shared by builds
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+class Cache:
+    """The build cache of one store."""
+
+    def __init__(self, home: str | Path) -> None:
+        self.folder = Path(home) / "cache"
+        self.logs = self.folder / "logs"
+        self.uv = self.folder / "uv"
+        for folder in (self.folder, self.logs, self.uv):
+            folder.mkdir(0o700, parents=True, exist_ok=True)
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """What is known under a key; None when nothing, or nothing readable, is."""
+        try:
+            value = json.loads((self.folder / f"{key}.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        return value if isinstance(value, dict) and isinstance(value.get("diff_id"), str) else None
+
+    def put(self, key: str, value: dict[str, Any]) -> None:
+        """Remember, by an atomic rename; losing it in a crash costs a rebuild and nothing else."""
+        path = self.folder / f"{key}.json"
+        new = self.folder / f"{key}.{os.getpid()}.new"
+        new.write_text(json.dumps(value))
+        new.rename(path)
+
+    @contextmanager
+    def lock(self, key: str, wait: Callable[[], None]) -> Iterator[None]:
+        """Hold a key's lock; ``wait`` is called once when somebody else holds it now."""
+        path = self.folder / f"{key}.lock"
+        fd = self._take(path, wait)
+        try:
+            yield
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            os.close(fd)
+
+    @staticmethod
+    def _take(path: Path, wait: Callable[[], None]) -> int:
+        while True:
+            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            try:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    wait()
+                    fcntl.flock(fd, fcntl.LOCK_EX)
+                # The last holder removed the file: what we hold then is nobody's lock any more.
+                if path.exists() and os.path.samestat(os.fstat(fd), os.stat(path)):
+                    return fd
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+
+    def prune(self, has_layer: Callable[[str], bool]) -> None:
+        """Forget steps whose layer is gone, and leftovers of builds that were killed."""
+        for path in self.folder.glob("*.json"):
+            known = self.get(path.stem)
+            if known is None or not has_layer(known["diff_id"]):
+                path.unlink(missing_ok=True)
+        for path in self.folder.glob("*.new"):
+            path.unlink(missing_ok=True)
