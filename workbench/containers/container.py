@@ -1,0 +1,295 @@
+"""Containers as their owner sees them: made, started, signalled, waited for, removed.
+
+What they are stands on disk (``state.py``), so any process of the user can list, stop or remove one; only the
+process that started one can wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from workbench.containers import state
+from workbench.containers.client import Answer, HelperClient
+from workbench.containers.spec import ContainerSpec
+from workbench.linux import userns
+from workbench.model import Conflict, Exit, InvalidInput, NotFound
+
+
+def new_id() -> str:
+    """Twelve hexadecimal digits."""
+    return secrets.token_hex(6)
+
+
+class Container:
+    """One container: a folder on disk, and a process while it runs."""
+
+    def __init__(self, folder: str, helper: HelperClient) -> None:
+        self.folder = folder
+        self.id = os.path.basename(folder)
+        self._helper = helper
+        self.pid = -1
+        self.pidfd = -1
+        self.terminal = -1
+        self.exited: Future[Exit] = Future()
+        self._over = threading.Lock()
+        self._run_dir = ""
+
+    @property
+    def run_dir(self) -> str:
+        """The host's folder that is ``/run/workbench`` inside; only the user may enter it."""
+        if not self._run_dir:
+            self._run_dir = str(state.load(self.folder)["run_dir"])
+        return self._run_dir
+
+    @property
+    def upper(self) -> str:
+        """The host's folder with what was changed."""
+        return os.path.join(self.folder, "writable", "upper")
+
+    @property
+    def log(self) -> str:
+        """The host's file with what the main process printed."""
+        return os.path.join(self.folder, "log")
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What is on disk, its ``status`` judged by the lock (a launcher that was killed left no word)."""
+        known = state.load(self.folder)
+        running = state.is_running(self.folder)
+        if running:
+            known["status"] = "running"
+        elif known["status"] == "running":
+            known |= {"status": "exited", "pid": None}
+            known["exit"] = {"code": 137, "reason": "killed with its launcher", "limit": ""}
+        return known
+
+    @property
+    def image_id(self) -> str:
+        """The image that it runs over."""
+        return str(state.load(self.folder)["image"])
+
+    def start(self, stdio: Sequence[int] | None = None) -> Future[None]:
+        """Start it, anew after an end with the same writable layer.
+
+        stdio: descriptors for 0, 1, 2; without, nothing to read and the log to write. The future raises
+        LaunchFailed. Costs 10 ms, more where the helper or the network library is not up yet.
+        """
+        started: Future[None] = Future()
+        self.exited = exited = Future()
+        self._helper.on_exit(self.id, lambda end: self._end(exited, end))
+        own: list[int] = []
+        if stdio is None:
+            null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+            log = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            own = [null, log]
+            stdio = (null, log, log)
+        try:
+            answer = self._helper.request("start", stdio, folder=self.folder)
+        finally:
+            for fd in own:
+                os.close(fd)
+
+        def done(future: Future[Answer]) -> None:
+            error = future.exception()
+            if error is not None:
+                started.set_exception(error)
+                self._end(exited, Exit(126, str(error)))
+                return
+            value, fds = future.result()
+            with self._over:
+                self._close()
+                self.pid, self.pidfd = value["pid"], fds[0]
+                self.terminal = fds[1] if len(fds) > 1 else -1
+            started.set_result(None)
+
+        answer.add_done_callback(done)
+        return started
+
+    @staticmethod
+    def _end(exited: Future[Exit], end: Exit) -> None:
+        if not exited.done():
+            exited.set_result(end)
+
+    def signal(self, number: int) -> None:
+        """To the init, which hands it to the process group of its child (tini(1), ``-g``)."""
+        with self._over, suppress(ProcessLookupError, OSError):
+            if self.pidfd >= 0:
+                signal.pidfd_send_signal(self.pidfd, number)
+
+    def kill(self) -> None:
+        """End everything in it at once: the kernel kills the pid namespace with its init."""
+        self.signal(signal.SIGKILL)
+
+    def settle(self) -> bool:
+        """After its end: True when it stays, stopped, with its changes; False when it is gone."""
+        self._close()
+        try:
+            value, _ = self._helper.request("settle", folder=self.folder).result()
+        except NotFound:
+            return False
+        return bool(value["kept"])
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """SIGTERM, then SIGKILL after ``timeout`` seconds, from whichever process; returns when it has ended."""
+        pid = self.state.get("pid")
+        if not pid:
+            return
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        try:
+            if not state.is_running(self.folder):  # the number may be somebody else's by now
+                return
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+            if not self._ended_within(timeout):
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                if not self._ended_within(10.0):
+                    raise Conflict(f"stop container {self.id}", "its helper process does not answer", "try again")
+        finally:
+            os.close(pidfd)
+
+    def _ended_within(self, timeout: float) -> bool:
+        until = time.monotonic() + timeout
+        while state.is_running(self.folder):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+        return True
+
+    def remove(self) -> None:
+        """Remove it with its changes. Raises Conflict while it runs."""
+        self._close()
+        os.close(state.hold(self.folder))
+        userns.call("workbench.containers.state:remove", self.folder)
+
+    def _close(self) -> None:
+        for name in ("pidfd", "terminal"):
+            if getattr(self, name) >= 0:
+                os.close(getattr(self, name))
+                setattr(self, name, -1)
+
+
+class Containers:
+    """The containers below one folder."""
+
+    def __init__(self, home: str) -> None:
+        self.folder = os.path.join(home, "containers")
+        self.helper = HelperClient()
+
+    def create(
+        self, spec: ContainerSpec, *, image: str, labels: Mapping[str, str] | None = None, folder: str | None = None
+    ) -> Container:
+        """Lay a container out on disk. folder: elsewhere than among the listed ones (a build's staging)."""
+        folder = folder or os.path.join(self.folder, spec.id)
+        os.makedirs(os.path.dirname(folder), 0o700, exist_ok=True)
+        known = {
+            "id": spec.id, "image": image, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "status": "created", "pid": None, "exit": None, "labels": dict(labels or {}), "spec": spec.to_json(),
+            "maker": [os.getpid(), start_time(os.getpid())],
+        }  # fmt: skip
+        state.lay_out(folder, known)
+        return Container(folder, self.helper)
+
+    def run(self, spec: ContainerSpec, folder: str, stdio: Sequence[int] | None = None) -> Exit:
+        """Start a container in a folder of the caller's and wait for its end; the folder stays for the caller.
+
+        Ctrl-C kills it and is raised again.
+        """
+        container = self.create(spec, image="", folder=folder)
+        container.start(stdio).result()
+        try:
+            return container.exited.result()
+        except BaseException:
+            container.kill()
+            container.exited.result()
+            raise
+        finally:
+            container._close()
+
+    def __iter__(self) -> Iterator[Container]:
+        """Each container, oldest name first; what is being removed or half made is passed over."""
+        try:
+            names = sorted(os.listdir(self.folder))
+        except FileNotFoundError:
+            return
+        for name in names:
+            folder = os.path.join(self.folder, name)
+            if not name.startswith(".") and os.path.exists(os.path.join(folder, state.STATE)):
+                yield Container(folder, self.helper)
+
+    def get(self, text: str) -> Container:
+        """By id or a beginning of it that only one has. Raises NotFound, InvalidInput."""
+        if not text:
+            raise InvalidInput("find a container", "no id was given", "see `jupyter workbench ps --all`")
+        found = [container for container in self if container.id.startswith(text)]
+        if len(found) == 1:
+            return found[0]
+        obstacle = f"{len(found)} ids begin with {text}" if found else f"no container is called {text!r}"
+        raise NotFound("find a container", obstacle, "see `jupyter workbench ps --all`")
+
+    def sweep(self) -> list[str]:
+        """Tidy up after launchers that were killed together with their helper; ids of what was found.
+
+        Containers that were laid out and never started, or ended without a word, are settled; half removed ones
+        are removed.
+        """
+        swept = []
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+        for name in names:
+            folder = os.path.join(self.folder, name)
+            if name.startswith(".gone-"):
+                userns.call("workbench.containers.launch:bury", folder, name.removeprefix(".gone-"))
+            elif self._is_orphan(folder):
+                userns.call("workbench.containers.launch:bury", folder, name)
+            else:
+                continue
+            swept.append(name)
+        return swept
+
+    @staticmethod
+    def _is_orphan(folder: str) -> bool:
+        if state.is_running(folder):
+            return False
+        try:
+            known = state.load(folder)
+        except NotFound:
+            return time.time() - os.stat(folder).st_mtime > 60 if os.path.isdir(folder) else False
+        if known["status"] == "running":
+            return True
+        if known["status"] == "exited":
+            return False
+        # Created, not started: somebody may be about to. Its maker's process says whether.
+        return not _alive(known.get("maker"))
+
+    def close(self) -> None:
+        """End the helper, and with it what it runs."""
+        self.helper.close()
+
+
+def _alive(maker: Any) -> bool:
+    """Whether the process (pid, start time) of a state file still runs (proc_pid_stat(5), field 22)."""
+    try:
+        return bool(maker) and start_time(int(maker[0])) == int(maker[1])
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def start_time(pid: int) -> int:
+    """When a process began, in clock ticks after boot."""
+    with open(f"/proc/{pid}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[19])

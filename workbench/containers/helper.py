@@ -1,0 +1,126 @@
+"""The helper: one trusted process for each process that launches, the parent of its containers.
+
+It is root in the user namespace B (``linux/userns.py``), has one thread, and holds nothing that is not on disk.
+When its client goes, however it goes, the socket between them ends and the helper ends its containers, tidies up
+and follows. Messages are JSON over SOCK_SEQPACKET (unix(7)), descriptors ride along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from contextlib import suppress
+from typing import Any
+
+from workbench.containers import launch, state
+from workbench.linux.userns import HostIds
+from workbench.model import Exit, WorkbenchError
+
+MESSAGE = 1 << 16
+DESCRIPTORS = 8
+
+
+class Helper:
+    """Serves one client until it is gone."""
+
+    def __init__(self, client: socket.socket, ids: HostIds) -> None:
+        self.client = client
+        self.launcher = launch.Launcher(ids)
+        self.running: dict[int, launch.Running] = {}  # by pidfd
+        self.poll = select.poll()
+        self.poll.register(client, select.POLLIN)
+
+    def serve(self) -> None:
+        """Answer requests and tell of exits until the client's end is closed; then end everything."""
+        try:
+            while True:
+                for fd, _ in self.poll.poll():
+                    if fd != self.client.fileno():
+                        self.ended(fd)
+                    elif not self.request():
+                        return
+        finally:
+            self.close()
+
+    def request(self) -> bool:
+        """One request; False at the end of file."""
+        try:
+            data, fds, _, _ = socket.recv_fds(self.client, MESSAGE, DESCRIPTORS)
+        except ConnectionError:
+            return False
+        if not data:
+            return False
+        message = json.loads(data)
+        answer: dict[str, Any] = {"id": message["id"]}
+        back: list[int] = []
+        try:
+            answer["value"], back = getattr(self, "do_" + message["op"])(message, fds)
+        except WorkbenchError as error:
+            answer |= error.as_dict()
+        except OSError as error:
+            answer |= {"error": "LaunchFailed", "tried": message["op"], "obstacle": str(error), "remedy": ""}
+        finally:
+            for fd in fds:
+                with suppress(OSError):
+                    os.close(fd)
+        self.send(answer, back)
+        return True
+
+    def send(self, message: dict[str, Any], fds: list[int] | None = None) -> None:
+        """To the client, if it is still there."""
+        with suppress(OSError):
+            socket.send_fds(self.client, [json.dumps(message).encode()], fds or [])
+
+    def do_start(self, message: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Start the container whose folder is named; answers its pid, its pidfd and its terminal, if it has one."""
+        running = self.launcher.start(message["folder"], fds)
+        self.running[running.pidfd] = running
+        self.poll.register(running.pidfd, select.POLLIN)
+        back = [running.pidfd] + ([running.terminal] if running.terminal >= 0 else [])
+        return {"pid": running.pid}, back
+
+    def do_settle(self, message: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """After the end: keep what was changed, remove what was not."""
+        return {"kept": state.settle(message["folder"])}, []
+
+    def do_warm(self, message: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """Do ahead of time what every launch needs."""
+        self.launcher.warm(message.get("network", "none"))
+        return {}, []
+
+    def ended(self, pidfd: int) -> None:
+        """An init ended, and with it everything in its container: tidy up, then tell."""
+        running = self.running.pop(pidfd)
+        self.poll.unregister(pidfd)
+        end = self.launcher.finish(running)
+        self.send({
+            "event": "exited", "container": running.id,
+            "exit": {"code": end.code, "reason": end.reason, "limit": end.limit},
+        })  # fmt: skip
+
+    def close(self) -> None:
+        """The client is gone: no container outlives it, and unchanged ones leave nothing."""
+        self.client.close()
+        gone = Exit(137, "its launcher ended")
+        for pidfd, running in list(self.running.items()):
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            self.running.pop(pidfd)
+            self.launcher.finish(running, gone)
+            state.settle(running.folder)
+        self.launcher.close()
+
+
+def main(fd: str, ids: str) -> None:
+    """Entry point in the fresh interpreter (``userns.spawn``). ids: the host's ``HostIds`` as JSON."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the client decides, by closing its end
+        signal.signal(number, signal.SIG_IGN)
+    os.umask(0o022)
+    data = json.loads(ids)
+    data["sub_uids"], data["sub_gids"] = tuple(data["sub_uids"]), tuple(data["sub_gids"])
+    Helper(socket.socket(fileno=int(fd)), HostIds(**data)).serve()
+    sys.exit(0)

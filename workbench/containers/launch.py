@@ -1,0 +1,334 @@
+"""Starting and ending a container, seen from the helper: the stages of DESIGN's launch, in order.
+
+clone -> maps -> limits and network -> mounts (a worker) -> go -> exec. Whatever a stage made is undone when a
+later one fails.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import NoReturn
+
+from workbench.containers import enter, network, spec, state
+from workbench.linux import cgroup, mounts, seccomp
+from workbench.linux import syscalls as sc
+from workbench.linux.userns import HostIds
+from workbench.model import Conflict, Exit, HostLacks, LaunchFailed, WorkbenchError, format_size
+
+INIT_CANDIDATES = ("/usr/bin/tini-static", "/usr/local/bin/tini-static", "/sbin/tini-static")
+SLOTS_FOLDER = "/run/workbench/slots"
+SLOTS = 8192
+
+
+@dataclass(slots=True)
+class Running:
+    """A container that runs, and what has to be undone at its end."""
+
+    id: str
+    folder: str
+    spec: spec.ContainerSpec
+    pid: int = -1
+    pidfd: int = -1
+    terminal: int = -1
+    lock: int = -1
+    slot: int = 0
+    slot_lock: int = -1
+    group: cgroup.Cgroup | None = None
+    attachment: network.Attachment | None = None
+    sources: dict[str, int] = field(default_factory=dict)
+    contents: dict[str, bytes] = field(default_factory=dict)
+
+
+class Launcher:
+    """Starts containers and buries them."""
+
+    def __init__(self, ids: HostIds) -> None:
+        self.ids = ids
+        self._init_fd = -1
+        self._filters: dict[str, bytes] = {}
+
+    def warm(self, kind: str) -> None:
+        """Read what every launch needs: the init program, the filter, the network library."""
+        self._init()
+        self._filter("default")
+        if kind == "outbound" and self.ids.kind == "root":
+            network.preload()
+
+    def start(self, folder: str, stdio: Sequence[int]) -> Running:
+        """Start the container that is laid out in ``folder``. Raises WorkbenchError or OSError, leaving nothing."""
+        known = state.load(folder)
+        wanted = spec.ContainerSpec.from_json(known["spec"])
+        running = Running(wanted.id, folder, wanted, lock=state.hold(folder))
+        try:
+            self._start(running, known["run_dir"], stdio)
+            state.save(folder, known | {"status": "running", "pid": running.pid, "exit": None})
+        except BaseException:
+            self._undo(running)
+            raise
+        finally:
+            for fd in running.sources.values():
+                os.close(fd)
+            running.sources.clear()
+            running.contents.clear()
+        return running
+
+    def _start(self, running: Running, run_dir: str, stdio: Sequence[int]) -> None:
+        wanted = running.spec
+        if self.ids.kind == "root":
+            running.slot, running.slot_lock = take_slot()
+        own_network = wanted.network != "host"
+        flags = enter.NAMESPACES if own_network else enter.NAMESPACES & ~sc.CLONE_NEWNET
+        running.group, rlimits = self._limits(wanted)
+        parameters = {
+            "init_fd": self._init(), "argv": wanted.argv, "env": dict(wanted.env), "cwd": wanted.cwd,
+            "stdio": stdio, "terminal": wanted.terminal, "capabilities": wanted.capabilities(),
+            "filter_program": self._filter(wanted.profile), "rlimits": rlimits,
+            "set_groups": self.ids.kind != "single",
+        }  # fmt: skip
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            running.pid = sc.clone(flags, signal.SIGCHLD)
+            if running.pid == 0:
+                ours.close()
+                enter.in_child(theirs, **parameters)  # type: ignore[arg-type]
+            theirs.close()
+            running.pidfd = os.pidfd_open(running.pid)
+            self._write_maps(running)
+            if running.group:
+                running.group.add(running.pid)
+            self._furnish(running, run_dir)
+            ours.send(b"g")
+            failure = ours.recv(4096).decode(errors="replace")
+            if failure:
+                self._refuse(running, failure)
+
+    def _limits(self, wanted: spec.ContainerSpec) -> tuple[cgroup.Cgroup | None, list[tuple[int, int, int]]]:
+        """A control group, or resource limits where none may be made; core dumps are off either way."""
+        import resource
+
+        no_core = (resource.RLIMIT_CORE, 0, 0)
+        group = cgroup.Cgroup.make(wanted.id, wanted.limits)
+        if group:
+            return group, [no_core]
+        return None, [no_core, *cgroup.rlimits(wanted.limits)]
+
+    def _write_maps(self, running: Running) -> None:
+        text = self.ids.container_map(running.slot)
+        files = [("uid_map", text), ("gid_map", text)]
+        if self.ids.kind == "single":
+            files.insert(0, ("setgroups", "deny"))
+        for name, content in files:
+            with open(f"/proc/{running.pid}/{name}", "w") as file:
+                file.write(content)
+
+    def _furnish(self, running: Running, run_dir: str) -> None:
+        """Root and network of a child that waits, side by side."""
+        wanted = running.spec
+        writable = os.path.join(running.folder, "writable")
+        if self.ids.kind == "root":
+            own = self.ids.container_root(running.slot)
+            for path in (run_dir, os.path.join(run_dir, "host")):
+                os.chown(path, own, own)
+            for name in os.listdir(run_dir):
+                os.chown(os.path.join(run_dir, name), own, own, follow_symlinks=False)
+        rootful = self.ids.kind == "root"
+        texts = network.files(wanted.network, rootful=rootful, hostname=wanted.hostname)
+        wanted = replace(wanted, texts=(*texts, *wanted.texts))
+        steps = spec.plan(wanted, writable=writable, run_dir=run_dir, id_kind=self.ids.kind)
+        self._open_sources(running, steps, run_dir)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            worker = self._fork_worker(running, theirs, steps)
+            theirs.close()
+            try:
+                running.attachment = network.attach(
+                    wanted.network, pid=running.pid, slot=running.slot, container_id=wanted.id, rootful=rootful
+                )
+                answer, fds, _, _ = socket.recv_fds(ours, 4096, 1)
+            finally:
+                os.waitpid(worker, 0)
+        if answer != b"ok":
+            raise LaunchFailed(f"start container {wanted.id}", answer.decode(errors="replace") or "its worker died")
+        if fds:
+            running.terminal = fds[0]
+
+    def _fork_worker(self, running: Running, report: socket.socket, steps: Sequence[mounts.Mount]) -> int:
+        worker = os.fork()
+        if worker == 0:
+            own_network = running.spec.network != "host"
+            enter.in_worker(
+                report, running.pidfd, steps, running.sources, running.contents, running.spec.hostname, running.spec.terminal,
+                own_network, network.loopback_up if own_network else None,
+            )  # fmt: skip
+        return worker
+
+    def _open_sources(self, running: Running, steps: Sequence[mounts.Mount], run_dir: str) -> None:
+        """Detached trees of everything that comes from outside, with the container's ids where we are root."""
+        userns = os.open(f"/proc/{running.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC) if self.ids.kind == "root" else -1
+        try:
+            for step in steps:
+                if isinstance(step, mounts.Overlay):
+                    paths = {*step.layers, step.writable}
+                elif isinstance(step, mounts.Bind):
+                    paths = {step.source}
+                elif isinstance(step, mounts.Copy):
+                    with open(step.source, "rb") as file:
+                        running.contents[step.source] = file.read()
+                    continue
+                else:
+                    continue
+                for path in paths - running.sources.keys():
+                    # Devices and /sys are everybody's, the run folder was given to the container's root.
+                    plain = path.startswith(("/dev/", "/sys")) or path == run_dir
+                    running.sources[path] = self._open_source(path, -1 if plain else userns)
+        finally:
+            if userns >= 0:
+                os.close(userns)
+
+    def _open_source(self, path: str, userns: int) -> int:
+        try:
+            return mounts.open_source(path, userns)
+        except FileNotFoundError:
+            raise LaunchFailed(
+                "open what is to be mounted", f"{path} is not there", "see `jupyter workbench check`"
+            ) from None
+
+    def _refuse(self, running: Running, failure: str) -> NoReturn:
+        code, _, text = failure.partition(" ")
+        tried = f"start {running.spec.argv[0]!r} in container {running.id}"
+        raise LaunchFailed(tried, f"cannot {text}", exit_code=int(code) if code.isdigit() else 126)
+
+    def finish(self, running: Running, override: Exit | None = None) -> Exit:
+        """After the init's end: how it ended and why; nothing of the container is left but its folder."""
+        _, status = os.waitpid(running.pid, 0)
+        end = override or self._exit(running, os.waitstatus_to_exitcode(status))
+        running.pid = -1
+        with suppress(WorkbenchError, OSError):
+            known = state.load(running.folder)
+            outcome = {"code": end.code, "reason": end.reason, "limit": end.limit}
+            state.save(running.folder, known | {"status": "exited", "pid": None, "exit": outcome})
+        self._undo(running)
+        return end
+
+    def _exit(self, running: Running, code: int) -> Exit:
+        code = 128 - code if code < 0 else code
+        limits = running.spec.limits
+        if code and running.group and running.group.oom_kills() and limits.memory:
+            return Exit(code, f"killed: it reached its memory limit of {format_size(limits.memory)}", "memory")
+        if code and running.group and running.group.pids_refused() and limits.processes:
+            return Exit(code, f"ended with exit code {code} after it reached its limit of {limits.processes} processes",
+                        "processes")  # fmt: skip
+        if code > 128:
+            with suppress(ValueError):
+                return Exit(code, f"killed by {signal.Signals(code - 128).name}")
+        return Exit(code, f"ended with exit code {code}" if code else "")
+
+    def _undo(self, running: Running) -> None:
+        """Give back whatever a start took, in reverse."""
+        if running.pid > 0:
+            with suppress(ProcessLookupError):
+                os.kill(running.pid, signal.SIGKILL)
+            os.waitpid(running.pid, 0)
+        for fd in (running.pidfd, running.terminal):
+            if fd >= 0:
+                os.close(fd)
+        if running.attachment:
+            running.attachment.detach()
+        if running.group:
+            running.group.remove()
+        if running.slot_lock >= 0:
+            release_slot(running.slot, running.slot_lock)
+        if running.lock >= 0:
+            os.close(running.lock)
+
+    def close(self) -> None:
+        """Give up what all containers shared."""
+        network.close()
+
+    def _init(self) -> int:
+        """The init program in a sealed memfd: nothing of the host's files is behind /proc/1/exe."""
+        if self._init_fd < 0:
+            for path in INIT_CANDIDATES:
+                with suppress(FileNotFoundError), open(path, "rb") as file:
+                    program = file.read()
+                    break
+            else:
+                raise HostLacks("start a container", "its init, tini-static, is missing", "apt-get install tini")
+            fd = os.memfd_create("init", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.write(fd, program)
+            os.fchmod(fd, 0o555)
+            seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+            # Opened anew for reading only, since a file that is open for writing cannot be executed.
+            self._init_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+            os.close(fd)
+        return self._init_fd
+
+    def _filter(self, profile: str) -> bytes:
+        if profile == "bootstrap":
+            return seccomp.compile_ownership() if self.ids.kind == "single" else b""
+        if profile not in self._filters:
+            self._filters[profile] = seccomp.compile_default(
+                spec.CAPABILITIES, fake_ownership=self.ids.kind == "single"
+            )
+        return self._filters[profile]
+
+
+def take_slot() -> tuple[int, int]:
+    """A number that no other running container of this host has, for its ids and its address; and its lock."""
+    os.makedirs(SLOTS_FOLDER, 0o700, exist_ok=True)
+    for number in range(1, SLOTS):
+        path = f"{SLOTS_FOLDER}/{number}"
+        try:
+            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:  # the last one just took the folder along
+            os.makedirs(SLOTS_FOLDER, 0o700, exist_ok=True)
+            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_ino == os.stat(path).st_ino:  # not one that was just given back
+                return number, fd
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        os.close(fd)
+    raise LaunchFailed("start a container", f"{SLOTS} containers run already", "stop some of them")
+
+
+def release_slot(number: int, lock: int) -> None:
+    """Give a number back, and the folder with the last of them."""
+    with suppress(OSError):
+        os.unlink(f"{SLOTS_FOLDER}/{number}")
+    os.close(lock)
+    for folder in (SLOTS_FOLDER, os.path.dirname(SLOTS_FOLDER)):
+        with suppress(OSError):
+            os.rmdir(folder)
+
+
+def bury(folder: str, name: str) -> None:
+    """Tidy up after a container whose helper was killed: its group, its links, its sockets, its folder if unchanged.
+
+    Its processes are gone already, killed with the helper (PR_SET_PDEATHSIG).
+    """
+    cgroup.Cgroup.forget(name)
+    network.sweep()
+    try:
+        lock = state.hold(folder)
+    except Conflict:
+        return
+    except FileNotFoundError:
+        return
+    try:
+        if os.path.basename(folder).startswith(".gone-") or not os.path.exists(os.path.join(folder, state.STATE)):
+            state.remove(folder)
+        else:
+            reason = {"code": 137, "reason": "killed with its launcher", "limit": ""}
+            state.save(folder, state.load(folder) | {"status": "exited", "pid": None, "exit": reason})
+            state.settle(folder)
+    finally:
+        os.close(lock)

@@ -1,0 +1,207 @@
+"""What a container is to be: pure data. Every decision of policy is taken here, and only here.
+
+The defaults are none looser than Podman's (capabilities(7), the runtime spec's masked paths); nothing that an
+image says can widen them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from workbench.linux import mounts
+from workbench.linux import syscalls as sc
+from workbench.model import InvalidInput, Limits, Network, Settings
+from workbench.model import Mount as HostMount
+
+#: Podman's eleven.
+CAPABILITIES = frozenset({
+    "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "NET_BIND_SERVICE", "SETFCAP", "SETGID", "SETPCAP",
+    "SETUID", "SYS_CHROOT",
+})  # fmt: skip
+
+HIDDEN = (
+    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/key-users",
+    "/proc/latency_stats", "/proc/sched_debug", "/proc/scsi", "/proc/timer_list", "/proc/timer_stats",
+    "/sys/dev/block", "/sys/devices/virtual/powercap", "/sys/firmware",
+)  # fmt: skip
+READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+
+#: Inside: where the container's own folder of the host (sockets, connection file) and the host's settings are.
+RUN = "/run/workbench"
+HOST_SETTINGS = RUN + "/host"
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+DEFAULT_PROCESSES = 4096
+
+Profile = Literal["default", "bootstrap"]
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerSpec:
+    """Everything that a helper needs to know to start a container.
+
+    layers: host folders, highest first; hidden: paths inside that are covered; ``profile`` "bootstrap" is for
+    Debian's own bootstrap tool over no image at all: full rights in its own user namespace.
+    """
+
+    id: str
+    argv: tuple[str, ...]
+    env: tuple[tuple[str, str], ...]
+    cwd: str
+    layers: tuple[str, ...]
+    hostname: str
+    mounts: tuple[HostMount, ...] = ()
+    hidden: tuple[str, ...] = ()
+    texts: tuple[tuple[str, str], ...] = ()
+    limits: Limits = Limits()
+    network: Network = "outbound"
+    terminal: bool = False
+    profile: Profile = "default"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; ``from_json`` is the inverse."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> ContainerSpec:
+        """The spec that ``to_json`` wrote."""
+        fields = dict(data)
+        fields["mounts"] = tuple(HostMount(**m) for m in data["mounts"])
+        fields["limits"] = Limits(**data["limits"])
+        for name in ("argv", "layers", "hidden"):
+            fields[name] = tuple(data[name])
+        for name in ("env", "texts"):
+            fields[name] = tuple((str(k), str(v)) for k, v in data[name])
+        return ContainerSpec(**fields)
+
+    def capabilities(self) -> frozenset[str]:
+        """What the main process may do in its own user namespace."""
+        return frozenset(sc.CAPABILITIES) if self.profile == "bootstrap" else CAPABILITIES
+
+
+def environment(
+    image: Iterable[tuple[str, str]], settings: Settings, explicit: Mapping[str, str]
+) -> tuple[tuple[str, str], ...]:
+    """The whole environment inside: defaults, the image's, the host's settings, what was asked for; last wins.
+
+    Nothing is taken from the caller's own environment.
+    """
+    env = {"PATH": DEFAULT_PATH, "HOME": "/root", "USER": "root", "LANG": "C.UTF-8"}
+    env.update(image)
+    env.update(settings.env)
+    env.update(explicit)
+    for name, value in env.items():
+        if not name or "=" in name or "\0" in name + value:
+            raise InvalidInput("set the environment", f"{name!r} is no name of a variable", "leave it out")
+    return tuple(sorted(env.items()))
+
+
+def working_folder(folder: str, *, homes: Iterable[str], private: Iterable[str]) -> tuple[list[HostMount], list[str]]:
+    """Mounts and hidden paths for the folder that a kernel works in: it, at the same path, never above it.
+
+    homes: home folders of the host, whose dot-files stay unseen; private: the store, tokens, sockets.
+    The root folder of the host is never mounted.
+    """
+    folder = os.path.realpath(folder)
+    if folder == "/":
+        return [], []
+    hidden = [path for path in map(os.path.realpath, private) if _within(path, folder)]
+    if any(_within(folder, path) for path in map(os.path.realpath, private)):
+        raise InvalidInput(
+            "mount the working folder", f"{folder} belongs to Workbench or Jupyter itself", "work in another folder"
+        )
+    for home in set(map(os.path.realpath, homes)):
+        if home != "/" and _within(home, folder):
+            try:
+                names = os.listdir(home)
+            except OSError:  # a home that its owner keeps closed is closed inside as well
+                continue
+            hidden += [os.path.join(home, name) for name in names if name.startswith(".")]
+    return [HostMount(folder, folder)], sorted(set(hidden))
+
+
+def _within(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+_RESERVED = ("/", "/proc", "/sys", "/dev", "/run", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/tmp", "/var")
+
+
+def parse_mount(text: str) -> HostMount:
+    """``SRC[:DST][:ro]`` as a mount. Raises InvalidInput for what cannot be meant."""
+    parts = text.split(":")
+    read_only = parts[-1] in ("ro", "rw") and parts.pop() == "ro"
+    if not parts or len(parts) > 2 or not parts[0]:
+        raise InvalidInput("read a mount", f"{text!r}", "write it as SOURCE[:TARGET][:ro]")
+    source = os.path.realpath(os.path.expanduser(parts[0]))
+    target = os.path.normpath(parts[1]) if len(parts) == 2 else source
+    if not os.path.exists(source):
+        raise InvalidInput("read a mount", f"{source} does not exist", "name a folder or file of the host")
+    if not target.startswith("/") or target in _RESERVED or source == "/":
+        raise InvalidInput("read a mount", f"{text!r} would cover a part of the system", "choose another target")
+    return HostMount(source, target, read_only)
+
+
+def plan(spec: ContainerSpec, *, writable: str, run_dir: str, id_kind: str) -> list[mounts.Mount]:
+    """The steps that lay out the root, in order.
+
+    writable: host folder with upper/ and work/; run_dir: the container's own folder, at RUN inside;
+    id_kind: ``HostIds.kind``.
+    """
+    binds: list[mounts.Bind | mounts.Copy] = [
+        mounts.Copy(m.source, m.target)
+        if _within(m.target, HOST_SETTINGS)
+        else mounts.Bind(m.source, m.target, m.read_only, directory=os.path.isdir(m.source))
+        for m in spec.mounts
+    ]
+    points = [(path, True) for path in ("/proc", "/sys", "/dev", "/run", "/tmp")]
+    points += [("/etc/hostname", False), ("/etc/hosts", False), ("/etc/resolv.conf", False)]
+    points += [(b.path, b.directory) for b in binds if isinstance(b, mounts.Bind) and not _within(b.path, RUN)]
+    gid = ",gid=5" if id_kind != "single" else ""
+    steps: list[mounts.Mount] = [
+        mounts.Overlay(spec.layers, writable, tuple(points)),
+        mounts.FileSystem("proc", "/proc"),
+        _sys(spec.network),
+        mounts.FileSystem("tmpfs", "/dev", "mode=755,size=64k", sc.MS_NOSUID | sc.MS_NOEXEC),
+        *(mounts.Bind(f"/dev/{name}", f"/dev/{name}", directory=False, device=True) for name in DEVICES),
+        mounts.FileSystem("devpts", "/dev/pts", f"newinstance,ptmxmode=0666,mode=0620{gid}", sc.MS_NOSUID | sc.MS_NOEXEC),
+        mounts.FileSystem("tmpfs", "/dev/shm", "mode=1777"),
+        mounts.FileSystem("mqueue", "/dev/mqueue"),
+        mounts.Links("/dev", (
+            ("ptmx", "pts/ptmx"), ("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"),
+            ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2"), ("core", "/proc/kcore"),
+        )),
+        mounts.FileSystem("tmpfs", "/run", "mode=755", sc.MS_NOSUID | sc.MS_NODEV),
+        mounts.Bind(run_dir, RUN),
+        mounts.FileSystem("tmpfs", HOST_SETTINGS, "mode=755,size=1m"),
+        *binds,
+        *(mounts.Text(path, content) for path, content in spec.texts),
+    ]  # fmt: skip
+    steps += [mounts.Hide(path) for path in spec.hidden]
+    if spec.profile == "default":
+        steps += [mounts.ReadOnly(path) for path in READ_ONLY]
+        steps += [mounts.Hide(path) for path in HIDDEN]
+    return steps
+
+
+def _sys(network: Network) -> mounts.Mount:
+    """sysfs shows the network's namespace; without one of its own, the host's is bound (user_namespaces(7))."""
+    if network == "host":
+        return mounts.Bind("/sys", "/sys", read_only=True)
+    return mounts.FileSystem("sysfs", "/sys", "", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC | sc.MS_RDONLY)
+
+
+def describe(spec: ContainerSpec, steps: Iterable[mounts.Mount]) -> str:
+    """A launch as a plan, for ``--debug``."""
+    lines = [f"container {spec.id}: {json.dumps(list(spec.argv))} in {spec.cwd}"]
+    lines += ["  mount    " + step.describe() for step in steps]
+    lines.append("  limits   " + json.dumps(asdict(spec.limits)))
+    lines.append(f"  network  {spec.network}")
+    lines.append("  keep     " + " ".join(sorted(spec.capabilities())).lower())
+    lines.append("  filter   " + ("none (bootstrap)" if spec.profile == "bootstrap" else "seccomp, default profile"))
+    return "\n".join(lines)

@@ -1,0 +1,193 @@
+"""A container on disk: its folder, what it is, how it ended, and whether it changed anything.
+
+::
+
+    containers/<id>/state.json      what it is and how it ended; replaced, never edited
+                    lock            held (flock(2)) by the helper while it runs
+                    log             what its main process wrote outside of the protocol
+                    writable/       upper/ and work/ of the overlay
+
+Sockets and connection file are in a folder of their own (``run_dir``), at /run/workbench inside: its path is short
+(``sun_path`` holds 108 bytes, unix(7)) and says nothing about where the user keeps things, for mountinfo shows it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+from workbench.model import NOT_ENVIRONMENT, Conflict, NotFound
+
+STATE = "state.json"
+
+
+def lay_out(folder: str, state: dict[str, Any]) -> None:
+    """Make a container's folder; it counts once its state is written."""
+    before = os.umask(0o022)
+    try:
+        os.makedirs(folder, 0o700)
+        os.mkdir(os.path.join(folder, "writable"), 0o700)
+        for name in ("upper", "work"):
+            os.mkdir(os.path.join(folder, "writable", name), 0o755)  # upper's mode becomes that of /
+        state["run_dir"] = make_run_dir(state["id"])
+    finally:
+        os.umask(before)
+    save(folder, state)
+
+
+def load(folder: str) -> dict[str, Any]:
+    """What is known of a container. Raises NotFound."""
+    try:
+        with open(os.path.join(folder, STATE)) as file:
+            return dict(json.load(file))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise NotFound(
+            "look at a container", f"{os.path.basename(folder)} is not there", "see `jupyter workbench ps --all`"
+        ) from None
+
+
+def save(folder: str, state: dict[str, Any], *, durable: bool = False) -> None:
+    """Replace the state; ``durable`` waits for the disk (fsync(2))."""
+    path = os.path.join(folder, STATE)
+    new = f"{path}.{os.getpid()}"
+    with open(new, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        json.dump(state, file)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    os.rename(new, path)
+
+
+def hold(folder: str) -> int:
+    """Take the lock of a container; a descriptor that holds it. Raises Conflict while it runs."""
+    fd = os.open(os.path.join(folder, "lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise Conflict(
+            f"use container {os.path.basename(folder)}", "it is running", "stop it first"
+        ) from None
+    return fd
+
+
+def is_running(folder: str) -> bool:
+    """Whether a helper holds its lock."""
+    try:
+        fd = os.open(os.path.join(folder, "lock"), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def settle(folder: str) -> bool:
+    """After the end of a container: True when its changes stay as a stopped container, False when it is gone.
+
+    Runs in B, where a container's files can be read whoever owns them.
+    """
+    state = load(folder)
+    upper = os.path.join(folder, "writable", "upper")
+    if not has_changes(upper, state["spec"]["layers"]):
+        remove(folder)
+        return False
+    _empty(os.path.join(upper, "tmp"))
+    remove_run_dir(state["run_dir"])
+    save(folder, state | {"status": "exited"}, durable=True)
+    return True
+
+
+def remove(folder: str) -> None:
+    """Remove a container's folder; the name goes first, so that nobody sees half of one."""
+    with suppress(NotFound):
+        remove_run_dir(load(folder)["run_dir"])
+    doomed = os.path.join(os.path.dirname(folder), f".gone-{os.path.basename(folder)}")
+    with suppress(FileNotFoundError):
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def run_base() -> str:
+    """Where run folders are made: root's /run/workbench, the user's runtime folder (XDG), else one below /tmp.
+
+    Raises Conflict when somebody else has taken the name below /tmp.
+    """
+    uid = os.getuid()
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if uid == 0:
+        base = "/run/workbench"
+    elif runtime and os.path.isdir(runtime) and os.stat(runtime).st_uid == uid and len(runtime) < 60:
+        base = os.path.join(runtime, "workbench")
+    else:
+        base = f"/tmp/workbench-{uid}"
+    with suppress(FileExistsError):
+        os.mkdir(base, 0o700)
+    found = os.lstat(base)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != uid or found.st_mode & 0o077:
+        raise Conflict("make a folder for sockets", f"{base} is not this user's own", f"remove {base}")
+    return base
+
+
+def make_run_dir(name: str) -> str:
+    """A container's folder for sockets, open to its user only."""
+    while True:
+        path = os.path.join(run_base(), name)
+        try:
+            os.mkdir(path, 0o700)
+            os.mkdir(os.path.join(path, "host"), 0o700)
+            return path
+        except FileNotFoundError:  # the last container that ended just took the folder above along
+            continue
+
+
+def remove_run_dir(run_dir: str) -> None:
+    """Remove a run folder, and with the last one the folder above."""
+    shutil.rmtree(run_dir, ignore_errors=True)
+    with suppress(OSError):
+        os.rmdir(os.path.dirname(run_dir))
+
+
+def _empty(folder: str) -> None:
+    with suppress(FileNotFoundError):
+        for entry in os.scandir(folder):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+
+
+def has_changes(upper: str, layers: Iterable[str]) -> bool:
+    """Whether a writable layer holds something that belongs to the environment (``model.NOT_ENVIRONMENT``).
+
+    layers: the folders below it. A folder counts when it is new and empty: what is in others speaks for itself.
+    """
+    below = list(layers)
+
+    def ignored(path: str) -> bool:
+        return any(path + "/" == rule or path == rule or path.startswith(rule) for rule in NOT_ENVIRONMENT)
+
+    def changed(path: str) -> bool:
+        children = [(entry.name, entry) for entry in os.scandir(os.path.join(upper, path))]
+        if not children and path:
+            leads_to_ignored = any(rule.startswith(path + "/") for rule in NOT_ENVIRONMENT)
+            return not leads_to_ignored and not any(os.path.lexists(os.path.join(b, path)) for b in below)
+        for name, entry in children:
+            inside = os.path.join(path, name)
+            if ignored(inside):
+                continue
+            if not stat.S_ISDIR(entry.stat(follow_symlinks=False).st_mode) or changed(inside):
+                return True
+        return False
+
+    return changed("")

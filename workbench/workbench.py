@@ -1,0 +1,293 @@
+"""`Workbench`: the one face that the edges call. It composes the rooms below and decides nothing itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from traitlets import Bool, CUnicode, Enum, Float, Integer, List, Unicode, default
+from traitlets.config import LoggingConfigurable
+
+from workbench.containers import host_settings, spec
+from workbench.containers.container import Container, Containers, new_id
+from workbench.model import NETWORKS, Conflict, Image, Limits, Mount, Network, Problem, Settings, parse_size
+
+if TYPE_CHECKING:
+    from workbench.images.refs import Refs
+    from workbench.images.store import Store
+
+SUITE_LABEL = "org.jupyter.workbench.suite"
+
+
+def default_home() -> str:
+    """``$WORKBENCH_HOME``, else ``workbench`` below ``$XDG_DATA_HOME`` (XDG base directory specification)."""
+    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return os.environ.get("WORKBENCH_HOME") or os.path.join(data, "workbench")
+
+
+class Workbench(LoggingConfigurable):
+    """Images, containers and what they need of the host, for one user."""
+
+    home = Unicode(help="Where images and containers are kept. Default: $WORKBENCH_HOME, else the user's data folder.")
+    memory = CUnicode("", help="The most memory of one container, such as 2G. Empty: no limit.").tag(config=True)
+    processes = Integer(
+        spec.DEFAULT_PROCESSES, help="The most processes and threads of one container. 0: no limit."
+    ).tag(config=True)
+    cpus = Float(0.0, help="The most processors that one container may use, such as 1.5. 0: no limit.").tag(config=True)
+    network = Enum(
+        NETWORKS, "outbound", help="What containers reach: nothing (none), the outside (outbound), all that the host does."
+    ).tag(config=True)
+    mounts = List(
+        Unicode(), help="Host folders or files that every container sees, each as SOURCE[:TARGET][:ro]."
+    ).tag(config=True)
+    offer_host_settings = Bool(
+        True, help="Offer the host's CA bundle, proxies and pip, uv and apt index settings to containers and builds."
+    ).tag(config=True)
+    home.tag(config=True)
+
+    @default("home")
+    def _default_home(self) -> str:
+        return default_home()
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.home = os.path.abspath(os.path.expanduser(self.home))
+        self.containers = Containers(self.home)
+        self._store: Store | None = None
+        self._refs: Refs | None = None
+
+    # Images
+
+    @property
+    def store(self) -> Store:
+        """The image store, opened (and its home made) when first needed."""
+        if self._store is None:
+            from workbench.images.store import Store
+
+            store = Store(self.home)
+            store.open()
+            self._store = store
+        return self._store
+
+    @property
+    def refs(self) -> Refs:
+        """The images' names."""
+        if self._refs is None:
+            from workbench.images.refs import Refs
+
+            self._refs = Refs(self.home)
+        return self._refs
+
+    def build(
+        self, recipe: str, *, name: str | None = None, progress: Callable[[str], None] = lambda _line: None
+    ) -> tuple[str, Image]:
+        """Build a recipe (a folder, or the name of a shipped one) and name the result: that name, and the image.
+
+        Raises InvalidInput, BuildFailed, HostLacks.
+        """
+        from workbench.build import builder
+        from workbench.build import recipe as recipes
+
+        found = recipes.load(recipes.find(recipe))
+        name = name or found.name
+        image = builder.build(
+            found, store=self.store, refs=self.refs, containers=self.containers,
+            settings=self.settings(found.base.suite), progress=progress, name=name,
+        )  # fmt: skip
+        return name, image
+
+    def image(self, text: str) -> Image:
+        """An image by name, ID or beginning of its ID. Raises NotFound, InvalidInput."""
+        return self.store.image(self.refs.resolve(text))
+
+    def images(self) -> list[dict[str, Any]]:
+        """A row for each image."""
+        names: dict[str, list[str]] = {}
+        for name, image_id in sorted(self.refs.all().items()):
+            names.setdefault(image_id, []).append(name)
+        return [
+            {
+                "names": names.get(image.id, []), "id": image.id, "created": image.created,
+                "size": self.store.size(image), "layers": len(image.diff_ids),
+                "kernel": image.kernel.display_name if image.kernel else None,
+            }
+            for image in self.store.images()
+        ]  # fmt: skip
+
+    def remove_image(self, text: str) -> list[str]:
+        """Take a name away, or with an ID all names of that image; the names that went.
+
+        The files go with the next ``gc``. Raises Conflict when a container still runs over its last name.
+        """
+        image_id = self.refs.resolve(text)
+        names = [name for name, owner in self.refs.all().items() if owner == image_id]
+        by_name = [name for name in names if name in (text, f"{text}:latest")]
+        going = by_name or names
+        users = [container.id for container in self.containers if container.image_id == image_id]
+        if users and len(going) == len(names):
+            raise Conflict(
+                f"remove image {text}", f"container {users[0]} is made from it", f"jupyter workbench rm {users[0]}"
+            )
+        for name in going:
+            self.refs.delete(name)
+        return going
+
+    # Containers
+
+    def settings(self, suite: str | None = None) -> Settings:
+        """What of the host's settings is offered; nothing when the configuration says so.
+
+        suite: the Debian suite inside, for apt's sources.
+        """
+        return host_settings.discover(os.environ, suite=suite) if self.offer_host_settings else Settings()
+
+    def limits(self) -> Limits:
+        """What the configuration grants to one container."""
+        return Limits(
+            parse_size(self.memory) if self.memory else None, self.processes or None, self.cpus or None
+        )
+
+    def create(
+        self, image: str, *, argv: Sequence[str] | None = None, cwd: str | None, env: Mapping[str, str] | None = None,
+        terminal: bool = False, mounts: Sequence[Mount] = (), limits: Limits | None = None,
+        network: Network | None = None, labels: Mapping[str, str] | None = None,
+    ) -> Container:  # fmt: skip
+        """Lay a container out; ``start`` of the result starts it.
+
+        image: name or ID. argv: instead of the image's kernel or command. cwd: the host's folder to work in,
+        mounted at the same path; None for none. limits: narrow what configuration and image say.
+        Raises NotFound, InvalidInput, HostLacks.
+        """
+        image_id = self.refs.resolve(image)
+        with self.store.lease(image_id):
+            found = self.store.image(image_id)
+            wanted = self._spec(found, argv, cwd, env or {}, terminal, mounts, limits, network)
+            return self.containers.create(wanted, image=image_id, labels={"image": image, **(labels or {})})
+
+    def _spec(
+        self, image: Image, argv: Sequence[str] | None, cwd: str | None, env: Mapping[str, str], terminal: bool,
+        mounts: Sequence[Mount], limits: Limits | None, network: Network | None,
+    ) -> spec.ContainerSpec:  # fmt: skip
+        own, hidden = spec.working_folder(cwd, homes=_homes(), private=self._private()) if cwd else ([], [])
+        suite = dict(image.labels).get(SUITE_LABEL)
+        settings = self.settings(suite)
+        chosen: Network = network or self.network
+        container_id = new_id()
+        return spec.ContainerSpec(
+            id=container_id,
+            argv=tuple(argv or (image.kernel.argv if image.kernel else image.cmd) or ("/bin/sh",)),
+            env=spec.environment(image.env, settings, env),
+            cwd=own[0].target if own else image.working_dir,
+            layers=tuple(str(self.store.layer(diff_id)) for diff_id in reversed(image.diff_ids)),
+            hostname=container_id,
+            mounts=(*own, *(spec.parse_mount(text) for text in self.mounts), *mounts, *_files(settings)),
+            hidden=tuple(hidden),
+            texts=settings.texts,
+            limits=self.limits().stricter(image.limits).stricter(limits or Limits()),
+            network=chosen,
+            terminal=terminal,
+        )
+
+    def _private(self) -> Iterator[str]:
+        """Folders of the host that no container may see."""
+        from jupyter_core.paths import jupyter_config_dir, jupyter_runtime_dir
+
+        yield self.home
+        yield jupyter_runtime_dir()
+        yield jupyter_config_dir()
+
+    def describe(self, container: Container) -> str:
+        """The launch of a container as a plan, for people."""
+        known = spec.ContainerSpec.from_json(container.state["spec"])
+        steps = spec.plan(
+            known, writable=os.path.join(container.folder, "writable"), run_dir=container.run_dir, id_kind="range"
+        )
+        return spec.describe(known, steps)
+
+    def ps(self, every: bool = False) -> list[dict[str, Any]]:
+        """A row for each container that runs; with ``every`` for stopped ones as well."""
+        rows = []
+        for container in self.containers:
+            state = container.state
+            if every or state["status"] == "running":
+                rows.append({
+                    "id": container.id, "image": state["labels"].get("image", ""), "image_id": state["image"],
+                    "status": state["status"], "created": state["created"], "pid": state["pid"],
+                    "command": state["spec"]["argv"], "folder": state["spec"]["cwd"],
+                    "network": state["spec"]["network"], "limits": state["spec"]["limits"],
+                    "labels": state["labels"], "exit": state["exit"],
+                })  # fmt: skip
+        return sorted(rows, key=lambda row: str(row["created"]))
+
+    def container(self, text: str) -> Container:
+        """A container by id, or a beginning of it. Raises NotFound."""
+        return self.containers.get(text)
+
+    def stop(self, text: str, timeout: float = 10.0) -> Container:
+        """End a container's processes; what it changed stays."""
+        container = self.container(text)
+        container.stop(timeout)
+        return container
+
+    def remove(self, text: str, force: bool = False) -> str:
+        """Remove a container with its changes; its id. Raises Conflict while it runs, unless forced."""
+        container = self.container(text)
+        if force:
+            container.stop(timeout=1.0)
+        if os.path.isdir(container.folder):  # an unchanged one went when it was stopped
+            container.remove()
+        return container.id
+
+    def logs(self, text: str) -> str:
+        """What a container's main process printed beside its messages."""
+        try:
+            with open(self.container(text).log, errors="replace") as file:
+                return file.read()
+        except FileNotFoundError:
+            return ""
+
+    # Housekeeping
+
+    def sweep(self) -> list[str]:
+        """Tidy up after launchers that were killed; ids of the containers found."""
+        return self.containers.sweep()
+
+    def gc(self) -> dict[str, int]:
+        """Remove what no name, container or running job needs: layers, blobs and bytes that went."""
+        self.sweep()
+        return self.store.gc(lambda: [container.image_id for container in self.containers], self.refs)
+
+    def check(self, repair: bool = False) -> list[Problem]:
+        """Hold every file of the store against its digest; what is wrong, and with ``repair`` what was mended."""
+        swept = self.sweep()
+        left = [
+            replace(Problem(f"container {name}", "its launcher was killed"), remedy="tidied up", repaired=True)
+            for name in swept
+        ]
+        return [*left, *self.store.check(repair=repair)]
+
+    def close(self) -> None:
+        """End the helper and with it every container that this process started."""
+        self.containers.close()
+
+
+def _homes() -> list[str]:
+    """Home folders on this host: the user's, and those of /etc/passwd (passwd(5))."""
+    homes = [os.path.expanduser("~")]
+    try:
+        with open("/etc/passwd") as file:
+            homes += [fields[5] for fields in (line.split(":") for line in file) if len(fields) > 5 and fields[5]]
+    except OSError:
+        pass
+    return [home for home in homes if os.path.isabs(home)]
+
+
+def _files(settings: Settings) -> tuple[Mount, ...]:
+    return tuple(Mount(source, target, read_only=True) for source, target in settings.files)
+
+
+def as_row(image: Image) -> dict[str, Any]:
+    """An image as plain values, for JSON."""
+    return asdict(image)
