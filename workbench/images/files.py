@@ -1,0 +1,183 @@
+"""What the store and the refs do to files: durable writes, locks, staging that dies with its holder.
+
+Locks are flock(2): held by an open file, gone with the process that opened it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from workbench.linux import userns
+from workbench.model import HostLacks
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def clear_errors(tried: str, path: str) -> Iterator[None]:
+    """Turns what the disk refuses into the one line that helps. Raises HostLacks."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise HostLacks(
+                tried,
+                f"no space left for {path}"
+                if error.errno == errno.ENOSPC
+                else f"the disk quota is used up for {path}",
+                "free some (`jupyter workbench gc` drops what nothing uses) or set WORKBENCH_HOME to another disk",
+            ) from error
+        if error.errno == errno.EROFS:
+            raise HostLacks(
+                tried,
+                f"{path} is on a read-only file system",
+                "set WORKBENCH_HOME to a folder that can be written",
+            ) from error
+        if error.errno == errno.ENOTSUP:
+            raise HostLacks(
+                tried,
+                f"the file system of {path} keeps no extended attributes",
+                "set WORKBENCH_HOME to a folder on ext4, xfs or btrfs",
+            ) from error
+        raise
+
+
+def sync_folder(path: str) -> None:
+    """Make what was renamed into or out of a folder last (fsync(2) of the folder)."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_file(path: str, data: bytes, mode: int = 0o600) -> None:
+    """A new file, its bytes on the disk when this returns; its name is made durable by ``publish``."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(source: str, target: str) -> None:
+    """Rename into place and make the name last; readers see all of it or nothing."""
+    os.rename(source, target)
+    sync_folder(os.path.dirname(target))
+
+
+@contextmanager
+def locked(folder: str, *, exclusive: bool) -> Iterator[None]:
+    """Hold a folder's lock, together with others or alone; waits for it."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+    finally:
+        # Said aloud, since a child that was forked meanwhile has the same open file.
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
+
+
+def claim(tmp: str, name: str = "", *, folder: bool = True) -> tuple[str, int]:
+    """A new entry below ``tmp`` and the descriptor whose lock says that its holder lives."""
+    name = name or secrets.token_hex(8)
+    path = os.path.join(tmp, name)
+    # Under tmp's own lock nobody sees the entry before it is held.
+    with locked(tmp, exclusive=True):
+        if folder:
+            os.mkdir(path, 0o700)
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        else:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    if folder:
+        # A default ACL of a folder above would be inherited by every file of a layer (acl(5)).
+        with suppress(OSError):
+            os.removexattr(fd, "system.posix_acl_default")
+        if os.fstat(fd).st_mode & stat.S_ISGID:
+            os.chmod(fd, 0o700)
+    return path, fd
+
+
+def release(path: str, fd: int) -> None:
+    """Give an entry back: what is left of it goes, then its lock."""
+    try:
+        discard(path)
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
+
+
+@contextmanager
+def staging(tmp: str) -> Iterator[str]:
+    """A private folder below ``tmp``, held by this process and gone at the end."""
+    path, fd = claim(tmp)
+    try:
+        yield path
+    finally:
+        release(path, fd)
+
+
+def is_held(path: str) -> bool:
+    """Whether a living process holds the lock of an entry."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def dead(tmp: str) -> list[tuple[str, int]]:
+    """The entries below ``tmp`` whose holder is gone, each locked by the caller now; ``release`` ends them."""
+    found = []
+    with locked(tmp, exclusive=True):
+        for name in sorted(os.listdir(tmp)):
+            path = os.path.join(tmp, name)
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            except OSError:  # taken away meanwhile, or nothing that we make
+                continue
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(fd)
+                continue
+            found.append((path, fd))
+    return found
+
+
+def discard(path: str) -> None:
+    """Delete a file or a tree of files, whoever owns what is in it; nothing there is fine."""
+    try:
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            os.unlink(path)
+            return
+        with suppress(OSError):
+            os.rmdir(path)
+            return
+        if userns.host_ids().kind == "root":
+            userns.call("workbench.images.layer:remove", path)
+            return
+        with suppress(OSError, RecursionError):
+            shutil.rmtree(path)
+            return
+        userns.call("workbench.images.layer:remove", path)
+    except FileNotFoundError:
+        return

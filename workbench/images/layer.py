@@ -1,0 +1,457 @@
+"""A layer's two forms: its tar, whose sha256 is its ``diff_id``, and its tree as overlayfs wants it.
+
+In a tree a removed file is a character device 0:0 and a replaced folder carries ``user.overlay.opaque``
+(overlayfs.rst); in a tar they are ``.wh.<name>`` and ``.wh..wh..opq`` (OCI image spec, layer.md). The functions
+without underscore run through ``userns.call``: JSON arguments and results, container ids as seen from there.
+
+Nothing in an archive is trusted. Each path is walked below the tree by openat2(2) that follows no link, files are
+made new and never opened over others, and what a layer may not hold is refused rather than mended.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from typing import Any
+
+from workbench.images import tar
+from workbench.images.files import clear_errors
+from workbench.images.normalise import normalise as normalise
+from workbench.images.tree import (
+    ESCAPED, OPAQUE, OVERLAY, below, is_whiteout, kept_xattrs, remove as remove, walk,
+)  # fmt: skip
+from workbench.model import Conflict, Corrupt, InvalidInput
+
+_WHITEOUT = b".wh."
+_OPAQUE_MARK = b".wh..wh..opq"
+_AUFS = b".wh..wh."  # bookkeeping of aufs that old Docker layers carry; says nothing about files
+_APPLY = "apply a layer's archive"
+
+Owners = dict[str, Any]
+
+
+def owners_file(tree: str) -> str:
+    """Where the owners and attributes stand that this user may not give to the files of a tree."""
+    return f"{tree.rstrip('/')}.owners"
+
+
+def apply(source: str | int, tree: str, record: str | None = None) -> dict[str, Any]:
+    """Lay out an uncompressed OCI tar (a path or an open descriptor) as a new tree.
+
+    record: a new file that takes down the archive's form, for ``remake``. Returns ``diff_id`` and ``size`` (bytes)
+    of the tar. Owners that cannot be had here go to ``owners_file(tree)``. Raises InvalidInput for an archive that
+    is hostile or broken, HostLacks without space. What was laid out by then stays for the caller to remove.
+    """
+    with clear_errors(_APPLY, tree):
+        os.makedirs(tree, mode=0o700, exist_ok=True)
+        if os.listdir(tree):
+            raise Conflict(_APPLY, f"{tree} is not empty", "give a new folder")
+        fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC) if isinstance(source, str) else os.dup(source)
+        writer = tar.Record(record) if record else None
+        target = _Target(tree)
+        try:
+            reader = tar.Reader(fd, writer)
+            for entry in reader:
+                target.add(entry, reader)
+            target.finish()
+            if writer is not None:
+                writer.close()
+        finally:
+            target.close()
+            os.close(fd)
+        if target.owners:
+            with open(owners_file(tree), "x") as file:
+                json.dump(target.owners, file, sort_keys=True)
+        return {"diff_id": reader.digest, "size": reader.size}
+
+
+class _Target:
+    """The tree that is being laid out. Folders get their modes and times at the end, whiteouts before that."""
+
+    def __init__(self, tree: str) -> None:
+        self.root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self.owners: Owners = {}
+        # A root that the archive doesn't mention is as every root is, whatever this process's umask.
+        self._folders: dict[bytes, tar.Entry] = {b"": tar.Entry(b"", tar.FOLDER, 0o755)}
+        self._whiteouts: list[bytes] = []
+        self._opaque: set[bytes] = set()
+        self._parent, self._parent_fd = b"", os.dup(self.root)
+
+    def close(self) -> None:
+        os.close(self._parent_fd)
+        os.close(self.root)
+
+    def add(self, entry: tar.Entry, reader: tar.Reader) -> None:
+        path = _clean(entry.name)
+        shown = os.fsdecode(path)
+        parent, _, name = path.rpartition(b"/")
+        if name.startswith(_WHITEOUT):
+            self._whiteout(parent, name, entry)
+            return
+        try:
+            if entry.kind == tar.FOLDER:
+                self._folder(path, parent, name)
+                self._folders[path] = entry
+                return
+            if not name:
+                raise tar.bad("its root is no folder")
+            at = self._open(parent)
+            if entry.kind == tar.FILE:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                fd = os.open(name, flags, 0o600, dir_fd=at)
+                try:
+                    reader.copy(entry, path, fd)
+                    self._attributes(fd, path, entry)
+                finally:
+                    os.close(fd)
+            elif entry.kind == tar.SYMLINK:
+                if not entry.link:
+                    raise tar.bad(f"the symbolic link {shown} names nothing")
+                os.symlink(entry.link, name, dir_fd=at)
+                self._own(path, name, entry, dir_fd=at)
+                os.utime(name, ns=(entry.mtime, entry.mtime), dir_fd=at, follow_symlinks=False)
+            elif entry.kind == tar.HARD_LINK:
+                self._hard_link(entry, name, at, shown)
+            elif entry.kind == tar.FIFO:
+                os.mkfifo(name, 0o600, dir_fd=at)
+                self._own(path, name, entry, dir_fd=at)
+                os.chmod(name, entry.mode, dir_fd=at)
+                os.utime(name, ns=(entry.mtime, entry.mtime), dir_fd=at, follow_symlinks=False)
+            elif entry.kind in (tar.CHARACTER, tar.BLOCK_DEVICE):
+                raise tar.bad(f"{shown} is a device, which no layer may hold")
+            else:
+                raise tar.bad(f"{shown} is of a kind ({os.fsdecode(entry.kind)}) that no layer holds")
+        except FileExistsError:
+            raise tar.bad(f"it names {shown} twice") from None
+        except OSError as error:
+            raise _refused(error, shown) from None
+
+    def finish(self) -> None:
+        """Whiteouts, then what folders are to be: nothing is made in them afterwards."""
+        shown = ""
+        try:
+            for path in self._whiteouts:
+                shown, (parent, _, name) = os.fsdecode(path), path.rpartition(b"/")
+                try:
+                    os.mknod(name, stat.S_IFCHR, 0, dir_fd=self._open(parent))
+                except FileExistsError:
+                    # layer.md: a whiteout hides what lies below, never what its own layer brings.
+                    if path in self._folders:
+                        self._opaque.add(path)
+            for path in self._opaque:
+                shown = os.fsdecode(path)
+                self._open(path)  # the archive may name an opaque folder by its mark alone
+        except OSError as error:
+            raise _refused(error, shown) from None
+        for path, entry in self._folders.items():
+            fd = below(self.root, path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                if path in self._opaque:
+                    os.setxattr(fd, OPAQUE, b"y")
+                self._attributes(fd, path, entry)
+            finally:
+                os.close(fd)
+
+    def _whiteout(self, parent: bytes, name: bytes, entry: tar.Entry) -> None:
+        if name == _OPAQUE_MARK:
+            self._opaque.add(parent)
+        elif name.startswith(_AUFS):
+            return
+        elif name[len(_WHITEOUT) :] in (b"", b".", b".."):
+            raise tar.bad("a whiteout names no file")
+        else:
+            self._whiteouts.append((parent + b"/" if parent else b"") + name[len(_WHITEOUT) :])
+        if entry.kind != tar.FILE or entry.size:
+            raise tar.bad("a whiteout is no empty file")
+
+    def _open(self, path: bytes) -> int:
+        """The descriptor of a folder, made with those above it where the archive names none."""
+        if path != self._parent:
+            try:
+                fd = below(self.root, path, os.O_PATH | os.O_DIRECTORY)
+            except FileNotFoundError:
+                parts = path.split(b"/")
+                for end in range(1, len(parts) + 1):  # no recursion: an archive decides how deep this is
+                    self._folder(b"/".join(parts[:end]), b"/".join(parts[: end - 1]), parts[end - 1])
+                fd = below(self.root, path, os.O_PATH | os.O_DIRECTORY)
+            os.close(self._parent_fd)
+            self._parent, self._parent_fd = path, fd
+        return self._parent_fd
+
+    def _folder(self, path: bytes, parent: bytes, name: bytes) -> None:
+        if path not in self._folders:
+            os.mkdir(name, 0o700, dir_fd=self._open(parent))
+            self._folders[path] = tar.Entry(path, tar.FOLDER, 0o755)
+
+    def _hard_link(self, entry: tar.Entry, name: bytes, at: int, shown: str) -> None:
+        goal = _clean(entry.link)
+        parent, _, old = goal.rpartition(b"/")
+        try:
+            source = below(self.root, parent, os.O_PATH | os.O_DIRECTORY)
+            try:
+                os.link(old, name, src_dir_fd=source, dst_dir_fd=at, follow_symlinks=False)
+            finally:
+                os.close(source)
+        except FileExistsError:
+            raise
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            raise tar.bad(f"{shown} is a hard link to {os.fsdecode(goal)}, which is no file of it") from None
+
+    def _own(self, path: bytes, target: bytes | int, entry: tar.Entry, dir_fd: int | None = None) -> None:
+        try:
+            if isinstance(target, int):
+                os.fchown(target, entry.uid, entry.gid)
+            else:
+                os.chown(target, entry.uid, entry.gid, dir_fd=dir_fd, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EPERM):  # an id that is not ours to give
+                raise
+            self._aside(path)["owner"] = [entry.uid, entry.gid]
+
+    def _attributes(self, fd: int, path: bytes, entry: tar.Entry) -> None:
+        self._own(path, fd, entry)  # first: it clears set-uid bits and capabilities
+        os.fchmod(fd, entry.mode)
+        for name, value in entry.xattrs.items():
+            if not kept_xattrs(name):
+                continue
+            try:
+                os.setxattr(fd, ESCAPED + name[len(OVERLAY) :] if name.startswith(OVERLAY) else name, value)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.EPERM):
+                    raise
+                self._aside(path).setdefault("xattrs", {})[name] = base64.b64encode(value).decode()
+            except ValueError:
+                raise tar.bad("an attribute's name holds a zero byte") from None
+        os.utime(fd, ns=(entry.mtime, entry.mtime))
+
+    def _aside(self, path: bytes) -> Owners:
+        found: Owners = self.owners.setdefault(path.decode("utf-8", "surrogateescape"), {})
+        return found
+
+
+def _clean(name: bytes) -> bytes:
+    """A name of the archive as a path below its root; empty for the root itself."""
+    if name[:1] == b"/":
+        raise tar.bad(f"the name {os.fsdecode(name[:80])} is absolute")
+    parts = [part for part in name.split(b"/") if part not in (b"", b".")]
+    if b".." in parts:
+        raise tar.bad(f"the name {os.fsdecode(name[:80])} leads out of it")
+    if len(name) > tar.LONGEST_PATH or any(len(part) > tar.LONGEST_NAME for part in parts):
+        raise tar.bad(f"a name is too long ({os.fsdecode(name[:40])}…)")
+    return b"/".join(parts)
+
+
+def _refused(error: OSError, shown: str) -> Exception:
+    if error.errno == errno.ELOOP:
+        return tar.bad(f"{shown} leads through a symbolic link")
+    if error.errno == errno.ENOTDIR:
+        return tar.bad(f"{shown} lies below something that is no folder")
+    if error.errno in (errno.ENAMETOOLONG, errno.ERANGE, errno.E2BIG):
+        return tar.bad(f"{shown}: {error.strerror}")
+    return error
+
+
+class _Sink:
+    """Where an archive's bytes go: through the hash, and into a file where one is wanted."""
+
+    def __init__(self, path: str | None) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._fd = os.open(path, flags, 0o600) if path else -1
+        self._hash = hashlib.sha256()
+        self._buffer = bytearray()
+        self.size = 0
+
+    def write(self, data: bytes) -> None:
+        self._buffer += data
+        if len(self._buffer) >= tar.CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._hash.update(self._buffer)
+        self.size += len(self._buffer)
+        if self._fd >= 0:
+            view = memoryview(self._buffer)
+            while view:
+                view = view[os.write(self._fd, view) :]
+        self._buffer = bytearray()
+
+    def content(self, fd: int, size: int, shown: bytes) -> None:
+        """The whole content of an open file, which must be ``size`` bytes still."""
+        left = size
+        while left:
+            data = os.read(fd, min(left, tar.CHUNK))
+            if not data:
+                raise Conflict(
+                    "read a layer", f"/{os.fsdecode(shown)} changed meanwhile", "stop what writes to it"
+                )
+            left -= len(data)
+            self.write(data)
+
+    def finish(self) -> dict[str, Any]:
+        self._flush()
+        if self._fd >= 0:
+            os.fsync(self._fd)
+        return {"diff_id": "sha256:" + self._hash.hexdigest(), "size": self.size}
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
+def pack(tree: str, out_path: str | None = None, clamp: int | None = None) -> dict[str, Any]:
+    """The deterministic OCI tar of a tree: hashed, and written durably to ``out_path`` if that is given.
+
+    clamp: newest modification time in seconds since 1970; with it times are whole seconds, without it to the
+    nanosecond. Returns ``diff_id`` and ``size`` in bytes. Raises InvalidInput for what no layer may hold (devices,
+    names that begin with ``.wh.``), Conflict when a file changes meanwhile, HostLacks without space.
+    """
+    owners = _read_owners(tree)
+    links: dict[tuple[int, int], bytes] = {}
+    with clear_errors("write a layer's archive", out_path or tree):
+        sink = _Sink(out_path)
+        try:
+            for path, at, name, found in walk(tree):
+                for entry, fd in _entries(path, at, name, found, links, owners):
+                    if clamp is not None and entry.mtime:
+                        entry.mtime = min(entry.mtime // tar.SECOND, clamp) * tar.SECOND
+                    sink.write(tar.header(entry))
+                    if entry.size:
+                        sink.content(fd, entry.size, path)
+                        sink.write(bytes(-entry.size % tar.BLOCK))
+            sink.write(bytes(2 * tar.BLOCK))
+            return sink.finish()
+        finally:
+            sink.close()
+
+
+def _entries(
+    path: bytes,
+    at: int,
+    name: bytes,
+    found: os.stat_result,
+    links: dict[tuple[int, int], bytes],
+    owners: Owners,
+) -> Iterator[tuple[tar.Entry, int]]:
+    """What one file of a tree is in the tar, with a descriptor where there is content."""
+    mode, kind = found.st_mode, stat.S_IFMT(found.st_mode)
+    if is_whiteout(found):
+        # Before the look at links: overlayfs makes all its whiteouts links of one (overlayfs.rst).
+        yield tar.Entry(path[: -len(name)] + _WHITEOUT + name, tar.FILE), -1
+        return
+    if name.startswith(_WHITEOUT):
+        raise InvalidInput(
+            "write a layer's archive",
+            f"/{os.fsdecode(path)} has a name that means a removed file",
+            "rename it",
+        )
+    entry = tar.Entry(path, tar.FILE, stat.S_IMODE(mode), found.st_uid, found.st_gid, 0, found.st_mtime_ns)
+    aside = owners.get(path.decode("utf-8", "surrogateescape")) if owners else None
+    if aside and "owner" in aside:
+        entry.uid, entry.gid = aside["owner"]
+    if kind == stat.S_IFDIR:
+        entry.name, entry.kind = path + b"/" if path else b"./", tar.FOLDER
+        opaque = _read_xattrs(entry, at, aside)
+        yield entry, -1
+        if opaque:
+            yield tar.Entry((path + b"/" if path else b"") + _OPAQUE_MARK, tar.FILE), -1
+        return
+    if found.st_nlink > 1:
+        first = links.setdefault((found.st_dev, found.st_ino), path)
+        if first != path:
+            entry.kind, entry.link = tar.HARD_LINK, first
+            yield entry, -1
+            return
+    if kind == stat.S_IFREG:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=at)
+        try:
+            entry.size = found.st_size
+            _read_xattrs(entry, fd, aside)
+            yield entry, fd
+        finally:
+            os.close(fd)
+    elif kind == stat.S_IFLNK:
+        entry.kind, entry.mode, entry.link = tar.SYMLINK, 0o777, os.fsencode(os.readlink(name, dir_fd=at))
+        yield entry, -1
+    elif kind == stat.S_IFIFO:
+        entry.kind = tar.FIFO
+        yield entry, -1
+    elif kind != stat.S_IFSOCK:  # a socket is nothing without the process behind it
+        raise InvalidInput(
+            "write a layer's archive",
+            f"/{os.fsdecode(path)} is a device, which no layer may hold",
+            "remove it",
+        )
+
+
+def _read_xattrs(entry: tar.Entry, fd: int, aside: Owners | None) -> bool:
+    """Fill in what of a file's attributes belongs to the layer; whether it is opaque."""
+    opaque = False
+    for name in os.listxattr(fd):
+        if name == OPAQUE:
+            opaque = os.getxattr(fd, name) == b"y"
+        elif name.startswith(ESCAPED):
+            entry.xattrs[OVERLAY + name[len(ESCAPED) :]] = os.getxattr(fd, name)
+        elif not name.startswith(OVERLAY) and kept_xattrs(name):
+            entry.xattrs[name] = os.getxattr(fd, name)
+    for name, value in ((aside or {}).get("xattrs") or {}).items():
+        entry.xattrs[name] = base64.b64decode(value)
+    return opaque
+
+
+def _read_owners(tree: str) -> Owners:
+    try:
+        with open(owners_file(tree)) as file:
+            found: Owners = json.load(file)
+            return found
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        raise Corrupt(
+            "read a layer", f"{owners_file(tree)} is damaged", "build or pull the image again"
+        ) from None
+
+
+def move(source: str, target: str) -> None:
+    """rename(2) where every id of a tree is the caller's to move."""
+    os.rename(source, target)
+
+
+def lay_out(source: str, tree: str, record: str) -> dict[str, Any]:
+    """``apply``, and a look whether ``pack`` gives the same bytes; only where it doesn't, ``record`` stays."""
+    found = apply(source, tree, record)
+    if pack(tree)["diff_id"] == found["diff_id"]:
+        os.unlink(record)
+    elif remake(tree, record)["diff_id"] != found["diff_id"]:
+        raise tar.bad("its files cannot be kept as they are")
+    return found
+
+
+def remake(tree: str, record: str | None, out_path: str | None = None) -> dict[str, Any]:
+    """The very tar that a tree was laid out from, with the record of its form where there is one.
+
+    Hashed, and written to ``out_path`` if that is given; result and errors as ``pack``'s.
+    """
+    if record is None:
+        return pack(tree, out_path)
+    root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with clear_errors("write a layer's archive", out_path or tree):
+        sink = _Sink(out_path)
+        try:
+            for data, size in tar.read_record(record):
+                if size < 0:
+                    sink.write(data)
+                    continue
+                fd = below(root, data, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    sink.content(fd, size, data)
+                finally:
+                    os.close(fd)
+            return sink.finish()
+        finally:
+            sink.close()
+            os.close(root)

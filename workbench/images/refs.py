@@ -1,0 +1,207 @@
+"""Names of images: ``refs/<name>/<tag>``, one file a name, set by atomic rename as Git sets its branches."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from workbench.images import files
+from workbench.model import Conflict, Corrupt, InvalidInput, NotFound
+
+DEFAULT_TAG = "latest"
+
+_PART = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_HEX = re.compile(r"(?:sha256:)?([0-9a-f]{4,64})")
+_LONGEST = 200
+
+
+def split(text: str) -> tuple[str, str]:
+    """``"team/tools:v1"`` as name and tag; the tag is ``latest`` where none is written. Raises InvalidInput."""
+    name, colon, tag = text.partition(":")
+    if not colon:
+        tag = DEFAULT_TAG
+    if len(name) > _LONGEST or not all(_PART.fullmatch(part) for part in name.split("/")):
+        raise InvalidInput(
+            "read an image's name",
+            f"{text!r} is not one",
+            "use lower-case letters and digits, with single . _ - between them and / between parts",
+        )
+    if not _TAG.fullmatch(tag):
+        raise InvalidInput(
+            "read an image's name",
+            f"{tag!r} is no tag",
+            "use up to 128 letters, digits, dots, dashes and underscores after the colon",
+        )
+    return name, tag
+
+
+class Refs:
+    """The names below one home. Safe for several processes at once."""
+
+    def __init__(self, home: Path | str) -> None:
+        self.home = os.fspath(home)
+        self._root = os.path.join(self.home, "refs")
+        self._blobs = os.path.join(self.home, "blobs")
+        self._tmp = os.path.join(self.home, "tmp")
+
+    def set(self, name: str, image_id: str) -> None:
+        """Point a name at an image, durable when this returns.
+
+        Raises InvalidInput for a name that cannot be one, NotFound when the image is not in the store, Conflict
+        when a name such as ``a/b`` would need a folder where ``a:b`` has its file, HostLacks without space.
+        """
+        path = self._path(name)
+        if not _DIGEST.fullmatch(image_id):
+            raise InvalidInput(
+                f"name an image {name}", f"{image_id!r} is no image ID", "give sha256:<64 hex>"
+            )
+        # The store's lock keeps gc from taking the image between the look and the rename.
+        with (
+            files.clear_errors(f"name an image {name}", self.home),
+            files.locked(self._blobs, exclusive=False),
+            files.locked(self._root, exclusive=True),
+            files.staging(self._tmp) as staging,
+        ):
+            if not os.path.exists(os.path.join(self._blobs, "sha256", image_id[7:])):
+                raise NotFound(
+                    f"name an image {name}", f"there is no image {image_id[:19]}", "build or pull it first"
+                )
+            try:
+                self._make_folders(os.path.dirname(path))
+                fresh = os.path.join(staging, "ref")
+                files.write_file(fresh, f"{image_id}\n".encode())
+                files.publish(fresh, path)
+            except (NotADirectoryError, FileExistsError, IsADirectoryError):
+                raise Conflict(
+                    f"name an image {name}",
+                    "a part of the name is taken by another name's tag or folder",
+                    "choose another name",
+                ) from None
+
+    def get(self, name: str) -> str:
+        """The image ID behind a name. Raises InvalidInput, NotFound (with the nearest name), Corrupt."""
+        path = self._path(name)
+        try:
+            with open(path, encoding="ascii", errors="replace") as file:
+                text = file.read(100).strip()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise self._unknown(name) from None
+        if not _DIGEST.fullmatch(text):
+            raise Corrupt(
+                f"read the name {name}", f"{path} holds no image ID", "run `jupyter workbench check --repair`"
+            )
+        return text
+
+    def delete(self, name: str) -> None:
+        """Forget a name, for good when this returns; the image stays until gc. Raises InvalidInput, NotFound."""
+        path = self._path(name)
+        with files.locked(self._root, exclusive=True):
+            try:
+                os.unlink(path)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise self._unknown(name) from None
+            folder = os.path.dirname(path)
+            files.sync_folder(folder)
+            with suppress(OSError):
+                while folder != self._root:
+                    os.rmdir(folder)
+                    folder = os.path.dirname(folder)
+
+    def all(self) -> dict[str, str]:
+        """``"name:tag"`` to image ID, sorted; files that hold no ID are left to ``check``."""
+        found = {}
+        for name in self._names():
+            with suppress(Corrupt, NotFound, InvalidInput):
+                found[name] = self.get(name)
+        return dict(sorted(found.items()))
+
+    def broken(self) -> list[tuple[str, str]]:
+        """Files that are no ref: their path, and what is wrong with them in a few words."""
+        wrong = []
+        for name in self._names():
+            try:
+                self.get(name)
+            except Corrupt:
+                wrong.append((self._path(name), "holds no image ID"))
+            except InvalidInput:
+                path, _, tag = name.rpartition(":")
+                wrong.append((os.path.join(self._root, path, tag), "has a name that no image can have"))
+            except NotFound:
+                continue
+        return wrong
+
+    def resolve(self, text: str) -> str:
+        """The image ID that a person means: ``name[:tag]``, ``sha256:<hex>``, or 4 or more digits of an ID.
+
+        A name wins over digits. Raises NotFound (with the nearest known name), Conflict for digits that several
+        images begin with, InvalidInput for what can be neither.
+        """
+        if not text.startswith("sha256:"):
+            try:
+                return self.get(text)
+            except InvalidInput:
+                raise
+            except NotFound:
+                if not _HEX.fullmatch(text):
+                    raise
+        digits = _HEX.fullmatch(text)
+        if digits is None:
+            raise InvalidInput(
+                "find an image", f"{text!r} is no image ID", "give sha256: and 4 or more hex digits"
+            )
+        matches = [
+            hexes for hexes in os.listdir(os.path.join(self._blobs, "sha256")) if hexes.startswith(digits[1])
+        ]
+        if len(digits[1]) < 64:
+            matches = [hexes for hexes in matches if self._is_image(hexes)]
+        if not matches:
+            raise self._unknown(text)
+        if len(matches) > 1:
+            raise Conflict("find an image", f"{len(matches)} images begin with {text}", "give more digits")
+        return f"sha256:{matches[0]}"
+
+    def _is_image(self, hexes: str) -> bool:
+        from workbench.images import config  # msgspec is not needed for plain names
+
+        path = os.path.join(self._blobs, "sha256", hexes)
+        try:
+            if os.path.getsize(path) > config.MAX_SIZE:
+                return False
+            with open(path, "rb") as file:
+                config.decode(file.read())
+        except (OSError, Corrupt, InvalidInput):
+            return False
+        return True
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._root, *split(name))
+
+    def _make_folders(self, folder: str) -> None:
+        missing = []
+        while not os.path.isdir(folder):
+            missing.append(folder)
+            folder = os.path.dirname(folder)
+        for path in reversed(missing):
+            os.mkdir(path, 0o700)
+            files.sync_folder(os.path.dirname(path))
+
+    def _names(self) -> Iterator[str]:
+        for folder, folders, names in os.walk(self._root):
+            folders.sort()
+            for tag in sorted(names):
+                yield f"{os.path.relpath(folder, self._root)}:{tag}"
+
+    def _unknown(self, text: str) -> NotFound:
+        known = [name.removesuffix(f":{DEFAULT_TAG}") for name in self._names()]
+        near = difflib.get_close_matches(text.removesuffix(f":{DEFAULT_TAG}"), known, n=1)
+        if near:
+            remedy = f"did you mean {near[0]}?"
+        else:
+            remedy = "`jupyter workbench images` lists what is there" if known else "build an image first"
+        return NotFound("find an image", f"there is none named {text}", remedy)

@@ -1,0 +1,380 @@
+"""The image store: blobs, layer trees, leases, gc. One folder, any number of processes, no daemon.
+
+Write order: staging, fsync, digest and size checked, rename, fsync of the folder; the ref last. Only then is
+something acknowledged, and a reader never sees half of it. Locks (flock(2)): adders share that of ``blobs``,
+gc and repair hold it alone; each entry of ``tmp`` is locked by its owner and swept when nobody holds it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from workbench.images import config, files, layer
+from workbench.images.refs import Refs
+from workbench.linux import syscalls as sc
+from workbench.linux import userns
+from workbench.model import (
+    Conflict,
+    Corrupt,
+    HostLacks,
+    Image,
+    InvalidInput,
+    NotFound,
+    Problem,
+    WorkbenchError,
+)
+
+_AGAIN = "build or pull it again"
+_FOLDERS = ("blobs", "blobs/sha256", "layers", "refs", "containers", "cache", "tmp")
+_LEASE = ".lease"
+
+
+class Lease:
+    """Digests that gc keeps while this is held; it dies with its process."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self._path, self._fd = path, fd
+
+    def add(self, digest: str) -> None:
+        """Keep a layer, or an image with its layers."""
+        os.write(self._fd, f"{digest}\n".encode())
+
+
+class Store:
+    """Images and layers below ``home``. Call ``open`` once before anything else."""
+
+    def __init__(self, home: Path | str) -> None:
+        self.home = Path(os.path.abspath(home))
+        self._blobs, self._layers, self._tmp = (str(self.home / name) for name in ("blobs", "layers", "tmp"))
+        self._leases: list[Lease] = []
+        self._guard = threading.Lock()
+
+    # -- the folder ----------------------------------------------------------------------------------------------
+
+    def open(self) -> Store:
+        """Make the folders (0700) where they are missing, and sweep what dead processes left in staging.
+
+        Raises Conflict when the home is somebody else's, HostLacks when it cannot be made or written.
+        """
+        tried = "open the image store"
+        with files.clear_errors(tried, str(self.home)):
+            try:
+                self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
+                found = self.home.stat()
+                if found.st_uid != os.geteuid():
+                    raise Conflict(
+                        tried,
+                        f"{self.home} belongs to user {found.st_uid}",
+                        "set WORKBENCH_HOME to a folder of yours",
+                    )
+                if found.st_mode & 0o7777 != 0o700:
+                    self.home.chmod(0o700)
+                for name in _FOLDERS:
+                    (self.home / name).mkdir(mode=0o700, exist_ok=True)
+            except (PermissionError, FileExistsError, NotADirectoryError) as error:
+                raise HostLacks(
+                    tried, f"{self.home}: {error.strerror}", "set WORKBENCH_HOME to a folder of yours"
+                ) from None
+        for path, fd in files.dead(self._tmp):
+            with suppress(OSError, WorkbenchError):  # `check` tells of what resists
+                files.release(path, fd)
+        return self
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A private folder on the store's file system, gone at the end and swept if its process dies."""
+        with files.staging(self._tmp) as path:
+            yield Path(path)
+
+    # -- layers --------------------------------------------------------------------------------------------------
+
+    def has_layer(self, diff_id: str) -> bool:
+        """Whether a layer's tree is here."""
+        return os.path.isdir(self._layer(diff_id))
+
+    def layer(self, diff_id: str) -> Path:
+        """The tree of a layer, in overlayfs's form, never to be written. Raises NotFound."""
+        path = self._layer(diff_id)
+        if not os.path.isdir(path):
+            raise NotFound("find a layer", f"{diff_id[:19]} is not in the store", _AGAIN)
+        return Path(path)
+
+    def add_tree(self, tree: Path | str) -> str:
+        """Take a tree out of staging into the store; its diff_id. The same layer twice is one.
+
+        Raises InvalidInput for what no layer may hold, HostLacks without space.
+        """
+        path = os.path.abspath(tree)
+        with files.clear_errors("add a layer", str(self.home)):
+            found = userns.call("workbench.images.layer:pack", path)
+            self._keep(path, found, None)
+        return str(found["diff_id"])
+
+    def add_tar(self, path: Path | str, expected: str | None = None) -> str:
+        """Lay out an uncompressed OCI tar as a layer; its diff_id.
+
+        Raises Corrupt when that is not ``expected``, InvalidInput for a hostile or broken archive, HostLacks without
+        space. In none of these cases anything stays.
+        """
+        with files.clear_errors("add a layer", str(self.home)), self.staging() as staging:
+            tree, record = str(staging / "tree"), str(staging / "record")
+            found = userns.call("workbench.images.layer:lay_out", os.path.abspath(path), tree, record)
+            if expected is not None and found["diff_id"] != expected:
+                raise Corrupt(
+                    "add a layer", f"the archive is {found['diff_id'][:19]}, not {expected[:19]}", _AGAIN
+                )
+            self._keep(tree, found, record if os.path.exists(record) else None)
+        return str(found["diff_id"])
+
+    def write_tar(self, diff_id: str, out_path: Path | str) -> None:
+        """Remake a layer's tar, byte for byte, durably. Raises NotFound, Corrupt when the tree is not what it was."""
+        tree, out = str(self.layer(diff_id)), os.path.abspath(out_path)
+        found = userns.call("workbench.images.layer:remake", tree, self.record(diff_id), out)
+        if found["diff_id"] != diff_id:
+            os.unlink(out)
+            raise Corrupt(
+                "remake a layer's archive", f"{tree} has changed", "run `jupyter workbench check --repair`"
+            )
+
+    def record(self, diff_id: str) -> str | None:
+        """The record of an archive that ``pack`` alone cannot remake."""
+        path = self._layer(diff_id) + ".record"
+        return path if os.path.exists(path) else None
+
+    def _layer(self, diff_id: str) -> str:
+        if not config.DIGEST.fullmatch(diff_id):
+            raise InvalidInput("find a layer", f"{diff_id!r} is no layer digest", "give sha256:<64 hex>")
+        return os.path.join(self._layers, diff_id[7:])
+
+    def _keep(self, tree: str, found: dict[str, Any], record: str | None) -> None:
+        """Make a staged tree durable and give it its name, after what stands beside it."""
+        target = self._layer(found["diff_id"])
+        if not os.path.isdir(target):
+            self._sync()
+        # What was there before the lock may be on its way out with gc: look again.
+        with files.locked(self._blobs, exclusive=False), files.staging(self._tmp) as staging:
+            self._note(found["diff_id"])
+            if not os.path.isdir(target):
+                self._sync()
+                meta = os.path.join(staging, "meta")
+                files.write_file(meta, json.dumps({"size": found["size"]}).encode())
+                beside = {".json": meta, ".owners": layer.owners_file(tree), ".record": record}
+                for suffix, source in beside.items():
+                    if source is not None and os.path.exists(source):
+                        os.rename(source, target + suffix)
+                files.sync_folder(self._layers)
+                try:
+                    self.move(tree, target)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                files.sync_folder(self._layers)
+        files.discard(tree)
+        files.discard(layer.owners_file(tree))
+
+    def _sync(self) -> None:
+        """syncfs(2): one pass for the thousands of files of a tree."""
+        fd = os.open(self._tmp, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            sc.syncfs(fd)
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def move(source: str, target: str) -> None:
+        """rename(2) of a tree whose root may belong to an id that is not the user's outside."""
+        try:
+            os.rename(source, target)
+        except PermissionError:
+            userns.call("workbench.images.layer:move", source, target)
+
+    # -- images --------------------------------------------------------------------------------------------------
+
+    def add_image(self, data: bytes) -> Image:
+        """Keep an image's config, durable when this returns. Raises NotFound when a layer of it is not here."""
+        image = config.decode(data)
+        if len(data) > config.MAX_SIZE:
+            raise InvalidInput("add an image", f"its config takes {len(data)} bytes", "shorten its labels")
+        path = self._blob(image.id)
+        with (
+            files.clear_errors("add an image", str(self.home)),
+            files.locked(self._blobs, exclusive=False),
+            files.staging(self._tmp) as staging,
+        ):
+            self._note(image.id)
+            for diff_id in image.diff_ids:
+                self.layer(diff_id)
+            if _read(path) != data:
+                fresh = os.path.join(staging, "config")
+                files.write_file(fresh, data)
+                files.publish(fresh, path)
+        return image
+
+    def image(self, image_id: str) -> Image:
+        """The image of a full ID. Raises NotFound, Corrupt."""
+        data = _read(self._blob(image_id))
+        if data is None:
+            raise NotFound("find an image", f"there is none {image_id[:19]} here", _AGAIN)
+        if config.digest_of(data) != image_id:
+            raise Corrupt(
+                f"read image {image_id[:19]}",
+                "its config is damaged",
+                "run `jupyter workbench check --repair`",
+            )
+        return config.decode(data)
+
+    def images(self) -> list[Image]:
+        """Every image, named or not, newest first by the date that its config gives."""
+        found = []
+        for digest in self.blobs():
+            with suppress(WorkbenchError):
+                found.append(self.image(digest))
+        return sorted(found, key=lambda image: (image.created, image.id), reverse=True)
+
+    def size(self, image: Image) -> int:
+        """Bytes of an image's layers, as tars."""
+        return sum(self.layer_size(diff_id) for diff_id in set(image.diff_ids))
+
+    def layer_size(self, diff_id: str) -> int:
+        """Bytes of a layer as a tar; 0 where nothing says it."""
+        try:
+            return int(json.loads(_read(self._layer(diff_id) + ".json") or b"{}").get("size", 0))
+        except ValueError:
+            return 0
+
+    def blobs(self) -> list[str]:
+        """The digests that blobs are filed under, whatever is in them."""
+        names = sorted(os.listdir(os.path.join(self._blobs, "sha256")))
+        return [f"sha256:{name}" for name in names if config.DIGEST.fullmatch(f"sha256:{name}")]
+
+    def layers(self) -> list[str]:
+        """The diff_ids of the layers that are here."""
+        with os.scandir(self._layers) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        return [f"sha256:{name}" for name in names if config.DIGEST.fullmatch(f"sha256:{name}")]
+
+    def _blob(self, digest: str) -> str:
+        if not config.DIGEST.fullmatch(digest):
+            raise InvalidInput("find an image", f"{digest!r} is no image ID", "give sha256:<64 hex>")
+        return os.path.join(self._blobs, "sha256", digest[7:])
+
+    # -- leases and gc -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def lease(self, *digests: str) -> Iterator[Lease]:
+        """Keep images and layers from gc: those given, and whatever this Store adds meanwhile.
+
+        Take it, then look whether they are there: gc may have been quicker.
+        """
+        with files.locked(self._blobs, exclusive=False):
+            path, fd = files.claim(self._tmp, f"{os.urandom(8).hex()}{_LEASE}", folder=False)
+            held = Lease(path, fd)
+            for digest in digests:
+                held.add(digest)
+            with self._guard:
+                self._leases.append(held)
+        try:
+            yield held
+        finally:
+            with self._guard:
+                self._leases.remove(held)
+            files.release(path, fd)
+
+    def _note(self, digest: str) -> None:
+        with self._guard:
+            for held in self._leases:
+                held.add(digest)
+
+    def leased(self) -> set[str]:
+        """The digests under the leases of all living processes."""
+        found: set[str] = set()
+        for name in os.listdir(self._tmp):
+            if name.endswith(_LEASE):
+                path = os.path.join(self._tmp, name)
+                if files.is_held(path):
+                    found.update((_read(path) or b"").decode().split())
+        return found
+
+    def gc(self, in_use: Iterable[str] = ()) -> dict[str, int]:
+        """Drop images that neither a name, a container nor a lease needs, then layers that no image needs.
+
+        in_use: image IDs of containers; read while nobody can add anything, so an iterator that looks them up is
+        never too early (it must not call this store). Returns numbers of ``layers`` and ``blobs``, and ``bytes``.
+        """
+        done = {"layers": 0, "blobs": 0, "bytes": 0}
+        with ExitStack() as stack:
+            trash = stack.enter_context(files.staging(self._tmp))  # emptied when the lock is free again
+            stack.enter_context(files.locked(self._blobs, exclusive=True))
+            # Leases first: who creates a container holds one until its state is written, where in_use finds it.
+            wanted = self.leased()
+            wanted.update(in_use)
+            wanted.update(Refs(self.home).all().values())
+            images = {image.id: image for image in self.images()}
+            kept = {image_id for image_id in images if image_id in wanted}
+            needed = wanted | {diff_id for image_id in kept for diff_id in images[image_id].diff_ids}
+            # A build's step costs only a config while its layers are needed anyway.
+            cached = self.cached()
+            kept |= {i for i in cached if i in images and needed.issuperset(images[i].diff_ids)}
+            for digest in self.blobs():
+                if digest not in kept and digest not in wanted:
+                    path = self._blob(digest)
+                    done["blobs"] += 1
+                    done["bytes"] += os.path.getsize(path)
+                    os.unlink(path)
+            files.sync_folder(os.path.join(self._blobs, "sha256"))
+            for image_id, paths in cached.items():
+                if image_id not in kept and image_id not in wanted:
+                    for path in paths:
+                        os.unlink(path)
+            for diff_id in self.layers():
+                if diff_id not in needed:
+                    done["layers"] += 1
+                    done["bytes"] += self.layer_size(diff_id)
+                    self.drop_layer(diff_id, trash)
+            for name in os.listdir(self._layers):
+                stem, dot, _ = name.partition(".")
+                if dot and not os.path.isdir(os.path.join(self._layers, stem)):
+                    os.unlink(os.path.join(self._layers, name))
+        return done
+
+    def drop_layer(self, diff_id: str, trash: str) -> None:
+        """Move a layer and what stands beside it into a staging folder, whose end deletes them."""
+        path = self._layer(diff_id)
+        self.move(path, os.path.join(trash, diff_id[7:]))
+        for suffix in (".json", ".owners", ".record"):
+            with suppress(FileNotFoundError):
+                os.unlink(path + suffix)
+
+    def cached(self) -> dict[str, list[str]]:
+        """The image IDs that the build cache knows, and the files that say so."""
+        found: dict[str, list[str]] = {}
+        for folder, _, names in os.walk(self.home / "cache"):
+            for name in names:
+                path = os.path.join(folder, name)
+                text = (_read(path, 100) or b"").decode("ascii", "replace").strip()
+                if config.DIGEST.fullmatch(text):
+                    found.setdefault(text, []).append(path)
+        return found
+
+    # -- check ---------------------------------------------------------------------------------------------------
+
+    def check(self, repair: bool = False, deep: bool = True) -> list[Problem]:
+        """What is not as it should be; ``repair`` mends it, ``deep`` hashes every layer. See ``check.py``."""
+        from workbench.images.check import check
+
+        return check(self, repair=repair, deep=deep)
+
+
+def _read(path: str, size: int = config.MAX_SIZE + 1) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read(size)
+    except (FileNotFoundError, IsADirectoryError):
+        return None

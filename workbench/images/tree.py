@@ -1,0 +1,108 @@
+"""What apply, pack and normalise share: walking a layer's tree without being led out of it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+
+from workbench.linux import syscalls as sc
+
+#: overlayfs's own attributes with the option ``userxattr`` (overlayfs.rst).
+OVERLAY = "user.overlay."
+OPAQUE = "user.overlay.opaque"
+#: How an attribute of that name that a file itself has is kept, as overlayfs does for nested overlays.
+ESCAPED = "user.overlay.overlay."
+
+_INSIDE = sc.RESOLVE_BENEATH | sc.RESOLVE_NO_SYMLINKS | sc.RESOLVE_NO_MAGICLINKS | sc.RESOLVE_NO_XDEV
+_DEEP = 64
+
+
+def kept_xattrs(name: str) -> bool:
+    """Whether an attribute belongs to an environment. Labels of the host's security modules do not."""
+    return name.startswith(("user.", "system.posix_acl_")) or name == "security.capability"
+
+
+def is_whiteout(found: os.stat_result) -> bool:
+    """Whether a file of a tree says that a file below it is gone."""
+    return stat.S_ISCHR(found.st_mode) and found.st_rdev == 0
+
+
+def below(root: int, path: bytes, flags: int) -> int:
+    """Open ``path`` below a folder, through real folders of the same mount only (openat2(2))."""
+    return sc.openat2(root, path or b".", flags, resolve=_INSIDE)
+
+
+def walk(tree: str) -> Iterator[tuple[bytes, int, bytes, os.stat_result]]:
+    """Every file of a tree in the order of its tar: path, folder, name, lstat(2).
+
+    For a folder the descriptor is its own, for others that of the folder they are in; both hold until the next
+    step. A folder comes before what is in it: whiteouts, other files, then folders, each sorted by bytes. Neither
+    depth nor the number of files costs descriptors.
+    """
+    root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        pending = [b""]
+        while pending:
+            path = pending.pop()
+            fd = below(root, path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                yield path, fd, path.rpartition(b"/")[2], os.fstat(fd)
+                start = path + b"/" if path else b""
+                folders, others = [], []
+                with os.scandir(fd) as entries:
+                    for entry in entries:
+                        found = entry.stat(follow_symlinks=False)
+                        name = os.fsencode(entry.name)
+                        if stat.S_ISDIR(found.st_mode):
+                            folders.append(start + name)
+                        else:
+                            others.append((not is_whiteout(found), name, found))
+                others.sort(key=lambda other: other[:2])
+                for _, name, found in others:
+                    yield start + name, fd, name, found
+                pending.extend(sorted(folders, reverse=True))
+            finally:
+                os.close(fd)
+    finally:
+        os.close(root)
+
+
+def remove(path: str) -> None:
+    """Delete a tree, whoever owns what is in it and however deep it is; nothing there is fine.
+
+    Runs through ``userns.call``. A folder deep down is first moved up to the tree's own, so that neither
+    descriptors nor the stack run out. Raises OSError.
+    """
+    try:
+        root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        moved = 0
+        while names := os.listdir(root):
+            for name in names:
+                moved = _remove(root, root, name, 0, moved)
+    finally:
+        os.close(root)
+    os.rmdir(path)
+
+
+def _remove(root: int, at: int, name: str, depth: int, moved: int) -> int:
+    if not stat.S_ISDIR(os.stat(name, dir_fd=at, follow_symlinks=False).st_mode):
+        os.unlink(name, dir_fd=at)
+        return moved
+    if depth == _DEEP:
+        taken = set(os.listdir(root))
+        while f".deep-{moved}" in taken:
+            moved += 1
+        os.rename(name, f".deep-{moved}", src_dir_fd=at, dst_dir_fd=root)
+        return moved + 1
+    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=at)
+    try:
+        for inner in os.listdir(fd):
+            moved = _remove(root, fd, inner, depth + 1, moved)
+    finally:
+        os.close(fd)
+    os.rmdir(name, dir_fd=at)
+    return moved
