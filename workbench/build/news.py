@@ -22,7 +22,7 @@ _TERMINAL = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\r(?!\n)")
 class Log:
     """The output of one step: a pipe's reading end, copied to a file by a thread of its own.
 
-    progress gets a line now and then that begins with two spaces: passing news, that a terminal may overwrite.
+    progress gets a line now and then that begins with two spaces: passing news, to be overwritten.
     """
 
     def __init__(self, path: str, name: str, progress: Progress) -> None:

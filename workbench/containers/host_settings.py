@@ -225,8 +225,15 @@ class _Host:
         tool = shutil.which("apt-config", path="/usr/bin:/bin")
         if tool is None:
             return {}
-        command = [tool, f"-oDir={self.root}", "dump", "Acquire::http::Proxy", "Acquire::https::Proxy"]
-        dump = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        # apt.conf(5): the file that APT_CONFIG names is read first, so it can say where the others are.
+        with os.fdopen(os.memfd_create("apt.conf"), "w") as first:
+            first.write(f'Dir "{self.root}";')
+            first.flush()
+            dump = subprocess.run(
+                [tool, "dump", "Acquire::http::Proxy", "Acquire::https::Proxy"],
+                env={"APT_CONFIG": f"/proc/self/fd/{first.fileno()}", "PATH": "/usr/bin:/bin"},
+                pass_fds=[first.fileno()], capture_output=True, text=True, check=False,
+            ).stdout  # fmt: skip
         return dict(re.findall(r'^Acquire::(https?)::Proxy "([^"]+)";', dump, re.MULTILINE))
 
     def apt_mirrors(self) -> dict[str, str]:
