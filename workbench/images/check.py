@@ -26,8 +26,8 @@ _REPAIR = "run `jupyter workbench check --repair`"
 def check(store: Store, *, repair: bool, deep: bool) -> list[Problem]:
     """The problems of a store; each is repaired when this returns if ``repair``.
 
-    deep: hash every layer against its digest (some 500 MB/s), else only look whether it is there. Nothing can be
-    added meanwhile when it repairs. Raises OSError, HostLacks.
+    deep: hash every layer against its digest (some 500 MB/s), else only look whether it is there. Nothing
+    can be added meanwhile when it repairs. Raises OSError, HostLacks.
     """
     with ExitStack() as stack:
         trash = ""

@@ -26,6 +26,8 @@ MAX_SIZE = 4 << 20
 
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
+_NONE = Limits()
+
 Digest = Annotated[str, msgspec.Meta(pattern="^sha256:[0-9a-f]{64}$")]
 
 
@@ -63,7 +65,7 @@ def encode(
     cmd: Sequence[str] = (),
     working_dir: str = "/",
     kernel: Kernel | None = None,
-    limits: Limits = Limits(),
+    limits: Limits = _NONE,
     created: str = "",
     labels: Iterable[tuple[str, str]] | Mapping[str, str] = (),
     history: Iterable[Mapping[str, Any]] = (),
@@ -87,7 +89,7 @@ def encode(
     marks = dict(labels)
     if kernel is not None:
         marks[KERNEL_LABEL] = _compact(kernel)
-    if limits != Limits():
+    if limits != _NONE:
         marks[LIMITS_LABEL] = _compact(limits)
     run: dict[str, Any] = {"Env": [f"{name}={value}" for name, value in pairs], "WorkingDir": working_dir}
     if cmd:
@@ -135,7 +137,7 @@ def decode(data: bytes) -> Image:
         cmd=(*(run.entrypoint or ()), *(run.cmd or ())),
         working_dir=run.working_dir or "/",
         kernel=kernel,
-        limits=limits or Limits(),
+        limits=limits or _NONE,
         created=document.created or "",
         labels=tuple(sorted(labels.items())),
     )

@@ -32,7 +32,7 @@ def clear_errors(tried: str, path: str) -> Iterator[None]:
                 f"no space left for {path}"
                 if error.errno == errno.ENOSPC
                 else f"the disk quota is used up for {path}",
-                "free some (`jupyter workbench gc` drops what nothing uses) or set WORKBENCH_HOME to another disk",
+                "free some, as `jupyter workbench gc` does, or set WORKBENCH_HOME to another disk",
             ) from error
         if error.errno == errno.EROFS:
             raise HostLacks(
@@ -145,7 +145,7 @@ def is_held(path: str) -> bool:
 
 
 def dead(tmp: str) -> list[tuple[str, int]]:
-    """The entries below ``tmp`` whose holder is gone, each locked by the caller now; ``release`` ends them."""
+    """The entries below ``tmp`` whose holder is gone, locked by the caller now; ``release`` ends each."""
     found = []
     with locked(tmp, exclusive=True):
         for name in sorted(os.listdir(tmp)):

@@ -1,11 +1,13 @@
 """A layer's two forms: its tar, whose sha256 is its ``diff_id``, and its tree as overlayfs wants it.
 
 In a tree a removed file is a character device 0:0 and a replaced folder carries ``user.overlay.opaque``
-(overlayfs.rst); in a tar they are ``.wh.<name>`` and ``.wh..wh..opq`` (OCI image spec, layer.md). The functions
-without underscore run through ``userns.call``: JSON arguments and results, container ids as seen from there.
+(overlayfs.rst); in a tar they are ``.wh.<name>`` and ``.wh..wh..opq`` (OCI image spec, layer.md). The
+functions without underscore run through ``userns.call``: JSON arguments and results, container ids as seen
+from there.
 
-Nothing in an archive is trusted. Each path is walked below the tree by openat2(2) that follows no link, files are
-made new and never opened over others, and what a layer may not hold is refused rather than mended.
+Nothing in an archive is trusted. Each path is walked below the tree by openat2(2) that follows no link,
+files are made new and never opened over others, and what a layer may not hold is refused rather than
+mended.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from typing import Any
 from workbench.images import tar
 from workbench.images.files import clear_errors
 from workbench.images.normalise import normalise as normalise
+from workbench.images.tree import ESCAPED, OPAQUE, OVERLAY, below, is_whiteout, kept_xattrs, walk
 from workbench.images.tree import (
-    ESCAPED, OPAQUE, OVERLAY, below, is_whiteout, kept_xattrs, remove as remove, walk,
-)  # fmt: skip
+    remove as remove,
+)
 from workbench.model import Conflict, Corrupt, InvalidInput
 
 _WHITEOUT = b".wh."
@@ -43,9 +46,10 @@ def owners_file(tree: str) -> str:
 def apply(source: str | int, tree: str, record: str | None = None) -> dict[str, Any]:
     """Lay out an uncompressed OCI tar (a path or an open descriptor) as a new tree.
 
-    record: a new file that takes down the archive's form, for ``remake``. Returns ``diff_id`` and ``size`` (bytes)
-    of the tar. Owners that cannot be had here go to ``owners_file(tree)``. Raises InvalidInput for an archive that
-    is hostile or broken, HostLacks without space. What was laid out by then stays for the caller to remove.
+    record: a new file that takes down the archive's form, for ``remake``. Returns ``diff_id`` and ``size``
+    (bytes) of the tar. Owners that cannot be had here go to ``owners_file(tree)``. Raises InvalidInput for
+    an archive that is hostile or broken, HostLacks without space. What was laid out by then stays for the
+    caller to remove.
     """
     with clear_errors(_APPLY, tree):
         os.makedirs(tree, mode=0o700, exist_ok=True)
@@ -71,7 +75,7 @@ def apply(source: str | int, tree: str, record: str | None = None) -> dict[str, 
 
 
 class _Target:
-    """The tree that is being laid out. Folders get their modes and times at the end, whiteouts before that."""
+    """The tree that is being laid out. Whiteouts come last, then the modes and times of folders."""
 
     def __init__(self, tree: str) -> None:
         self.root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -306,9 +310,10 @@ class _Sink:
 def pack(tree: str, out_path: str | None = None, clamp: int | None = None) -> dict[str, Any]:
     """The deterministic OCI tar of a tree: hashed, and written durably to ``out_path`` if that is given.
 
-    clamp: newest modification time in seconds since 1970; with it times are whole seconds, without it to the
-    nanosecond. Returns ``diff_id`` and ``size`` in bytes. Raises InvalidInput for what no layer may hold (devices,
-    names that begin with ``.wh.``), Conflict when a file changes meanwhile, HostLacks without space.
+    clamp: newest modification time in seconds since 1970; with it times are whole seconds, without it to
+    the nanosecond. Returns ``diff_id`` and ``size`` in bytes. Raises InvalidInput for what no layer may
+    hold (devices, names that begin with ``.wh.``), Conflict when a file changes meanwhile, HostLacks
+    without space.
     """
     owners = _read_owners(tree)
     links: dict[tuple[int, int], bytes] = {}
@@ -422,7 +427,7 @@ def move(source: str, target: str) -> None:
 
 
 def lay_out(source: str, tree: str, record: str) -> dict[str, Any]:
-    """``apply``, and a look whether ``pack`` gives the same bytes; only where it doesn't, ``record`` stays."""
+    """``apply``, then a look whether ``pack`` gives the same bytes; only if not, ``record`` stays."""
     found = apply(source, tree, record)
     if pack(tree)["diff_id"] == found["diff_id"]:
         os.unlink(record)

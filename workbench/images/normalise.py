@@ -20,12 +20,14 @@ _CHUNK = 1 << 20
 def normalise(tree: str, lowers: list[str], clamp: int, exclude: list[str]) -> list[str]:
     """Reduce a step's upper folder to what it changed over the layers below.
 
-    tree: overlayfs's upper, no longer mounted. lowers: the trees below, highest first. clamp: newest modification
-    time, in seconds since 1970. exclude: paths relative to ``/``; with a trailing slash what lies below them.
+    tree: overlayfs's upper, no longer mounted. lowers: the trees below, highest first. clamp: newest
+    modification time, in seconds since 1970. exclude: paths relative to ``/``; with a trailing slash what
+    lies below them.
 
     Out go excluded paths, copies that changed nothing but a folder's time, whiteouts of what is not there;
     ``opaque`` stays only where a layer below has that folder (overlayfs marks each new one, to save itself
-    look-ups); overlayfs's notes on where a file came from go too. Returns the paths that were removed, sorted.
+    look-ups); overlayfs's notes on where a file came from go too. Returns the paths that were removed,
+    sorted.
     """
     work = _Normaliser(tree, clamp, exclude)
     with clear_errors("normalise a layer", tree):
@@ -94,7 +96,7 @@ class _Normaliser:
 
 
 def _lookup(name: str, lowers: list[str]) -> tuple[str | None, list[str]]:
-    """What a name is in the merged folders below: its path (None: nothing), and the folders that it merges."""
+    """What a name is in merged folders: its path (None: nothing), and the folders that it merges."""
     merged: list[str] = []
     for lower in lowers:
         path = os.path.join(lower, name)

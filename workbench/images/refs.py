@@ -22,7 +22,7 @@ _LONGEST = 200
 
 
 def split(text: str) -> tuple[str, str]:
-    """``"team/tools:v1"`` as name and tag; the tag is ``latest`` where none is written. Raises InvalidInput."""
+    """``"team/tools:v1"`` as name and tag, ``latest`` where none is written. Raises InvalidInput."""
     name, colon, tag = text.partition(":")
     if not colon:
         tag = DEFAULT_TAG
@@ -53,8 +53,9 @@ class Refs:
     def set(self, name: str, image_id: str) -> None:
         """Point a name at an image, durable when this returns.
 
-        Raises InvalidInput for a name that cannot be one, NotFound when the image is not in the store, Conflict
-        when a name such as ``a/b`` would need a folder where ``a:b`` has its file, HostLacks without space.
+        Raises InvalidInput for a name that cannot be one, NotFound when the image is not in the store,
+        Conflict when a name such as ``a/b`` would need a folder where ``a:b`` has its file, HostLacks
+        without space.
         """
         path = self._path(name)
         if not _DIGEST.fullmatch(image_id):
@@ -99,7 +100,7 @@ class Refs:
         return text
 
     def delete(self, name: str) -> None:
-        """Forget a name, for good when this returns; the image stays until gc. Raises InvalidInput, NotFound."""
+        """Forget a name, durably; the image stays until gc. Raises InvalidInput, NotFound."""
         path = self._path(name)
         with files.locked(self._root, exclusive=True):
             try:
@@ -139,8 +140,8 @@ class Refs:
     def resolve(self, text: str) -> str:
         """The image ID that a person means: ``name[:tag]``, ``sha256:<hex>``, or 4 or more digits of an ID.
 
-        A name wins over digits. Raises NotFound (with the nearest known name), Conflict for digits that several
-        images begin with, InvalidInput for what can be neither.
+        A name wins over digits. Raises NotFound (with the nearest known name), Conflict for digits that
+        several images begin with, InvalidInput for what can be neither.
         """
         if not text.startswith("sha256:"):
             try:

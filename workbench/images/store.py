@@ -56,7 +56,7 @@ class Store:
         self._leases: list[Lease] = []
         self._guard = threading.Lock()
 
-    # -- the folder ----------------------------------------------------------------------------------------------
+    # -- the folder ----------------------------------------------------------------------------------------
 
     def open(self) -> Store:
         """Make the folders (0700) where they are missing, and sweep what dead processes left in staging.
@@ -93,7 +93,7 @@ class Store:
         with files.staging(self._tmp) as path:
             yield Path(path)
 
-    # -- layers --------------------------------------------------------------------------------------------------
+    # -- layers --------------------------------------------------------------------------------------------
 
     def has_layer(self, diff_id: str) -> bool:
         """Whether a layer's tree is here."""
@@ -120,8 +120,8 @@ class Store:
     def add_tar(self, path: Path | str, expected: str | None = None) -> str:
         """Lay out an uncompressed OCI tar as a layer; its diff_id.
 
-        Raises Corrupt when that is not ``expected``, InvalidInput for a hostile or broken archive, HostLacks without
-        space. In none of these cases anything stays.
+        Raises Corrupt when that is not ``expected``, InvalidInput for a hostile or broken archive,
+        HostLacks without space. In none of these cases anything stays.
         """
         with files.clear_errors("add a layer", str(self.home)), self.staging() as staging:
             tree, record = str(staging / "tree"), str(staging / "record")
@@ -134,7 +134,7 @@ class Store:
         return str(found["diff_id"])
 
     def write_tar(self, diff_id: str, out_path: Path | str) -> None:
-        """Remake a layer's tar, byte for byte, durably. Raises NotFound, Corrupt when the tree is not what it was."""
+        """Remake a layer's tar, byte for byte, durably. Raises NotFound, Corrupt for a changed tree."""
         tree, out = str(self.layer(diff_id)), os.path.abspath(out_path)
         found = userns.call("workbench.images.layer:remake", tree, self.record(diff_id), out)
         if found["diff_id"] != diff_id:
@@ -195,10 +195,10 @@ class Store:
         except PermissionError:
             userns.call("workbench.images.layer:move", source, target)
 
-    # -- images --------------------------------------------------------------------------------------------------
+    # -- images --------------------------------------------------------------------------------------------
 
     def add_image(self, data: bytes) -> Image:
-        """Keep an image's config, durable when this returns. Raises NotFound when a layer of it is not here."""
+        """Keep an image's config, durable when this returns. Raises NotFound when it lacks a layer."""
         image = config.decode(data)
         if len(data) > config.MAX_SIZE:
             raise InvalidInput("add an image", f"its config takes {len(data)} bytes", "shorten its labels")
@@ -265,7 +265,7 @@ class Store:
             raise InvalidInput("find an image", f"{digest!r} is no image ID", "give sha256:<64 hex>")
         return os.path.join(self._blobs, "sha256", digest[7:])
 
-    # -- leases and gc -------------------------------------------------------------------------------------------
+    # -- leases and gc -------------------------------------------------------------------------------------
 
     @contextmanager
     def lease(self, *digests: str) -> Iterator[Lease]:
@@ -305,14 +305,15 @@ class Store:
     def gc(self, in_use: Iterable[str] = ()) -> dict[str, int]:
         """Drop images that neither a name, a container nor a lease needs, then layers that no image needs.
 
-        in_use: image IDs of containers; read while nobody can add anything, so an iterator that looks them up is
-        never too early (it must not call this store). Returns numbers of ``layers`` and ``blobs``, and ``bytes``.
+        in_use: image IDs of containers; read while nobody can add anything, so an iterator that looks them
+        up is never too early (it must not call this store). Returns numbers of ``layers`` and ``blobs``,
+        and ``bytes``.
         """
         done = {"layers": 0, "blobs": 0, "bytes": 0}
         with ExitStack() as stack:
             trash = stack.enter_context(files.staging(self._tmp))  # emptied when the lock is free again
             stack.enter_context(files.locked(self._blobs, exclusive=True))
-            # Leases first: who creates a container holds one until its state is written, where in_use finds it.
+            # Leases first: who creates a container holds one until its state is written for in_use to find.
             wanted = self.leased()
             wanted.update(in_use)
             wanted.update(Refs(self.home).all().values())
@@ -363,7 +364,7 @@ class Store:
                     found.setdefault(text, []).append(path)
         return found
 
-    # -- check ---------------------------------------------------------------------------------------------------
+    # -- check ---------------------------------------------------------------------------------------------
 
     def check(self, repair: bool = False, deep: bool = True) -> list[Problem]:
         """What is not as it should be; ``repair`` mends it, ``deep`` hashes every layer. See ``check.py``."""

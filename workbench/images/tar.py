@@ -112,8 +112,8 @@ def bad(obstacle: str) -> InvalidInput:
 class Record:
     """Writes down what an archive is made of but the files' content, so that its bytes can be remade.
 
-    Deflated frames: ``L`` length bytes, or ``F`` length path and 8 bytes of size. Archives of other tools order
-    and pad in their own way; only with this the ``diff_id`` can be shown again.
+    Deflated frames: ``L`` length bytes, or ``F`` length path and 8 bytes of size. Archives of other tools
+    order and pad in their own way; only with this the ``diff_id`` can be shown again.
     """
 
     def __init__(self, path: str) -> None:

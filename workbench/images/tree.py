@@ -36,9 +36,9 @@ def below(root: int, path: bytes, flags: int) -> int:
 def walk(tree: str) -> Iterator[tuple[bytes, int, bytes, os.stat_result]]:
     """Every file of a tree in the order of its tar: path, folder, name, lstat(2).
 
-    For a folder the descriptor is its own, for others that of the folder they are in; both hold until the next
-    step. A folder comes before what is in it: whiteouts, other files, then folders, each sorted by bytes. Neither
-    depth nor the number of files costs descriptors.
+    For a folder the descriptor is its own, for others that of the folder they are in; both hold until the
+    next step. A folder comes before what is in it: whiteouts, other files, then folders, each sorted by
+    bytes. Neither depth nor the number of files costs descriptors.
     """
     root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
