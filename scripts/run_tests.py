@@ -1,8 +1,8 @@
 """``make test``: the suite as root and as an unprivileged user; any arguments go to pytest.
 
-Started by root: here as root, then as the account ``workbench-test``, over a wheel of this checkout. Started by
-somebody else: here as they are, then as root where sudo asks for no password; what is not covered is said, and
-fails where CI is set in the environment.
+Started by root: here as root, then as the account ``workbench-test``, over a wheel of this checkout.
+Started by somebody else: here as they are, then as root where sudo asks for no password; what is not covered is
+said, and fails where CI is set in the environment.
 """
 
 from __future__ import annotations
