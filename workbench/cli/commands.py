@@ -101,9 +101,7 @@ def rmi(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     return _each(options, remove, lambda _, done: f"removed {', '.join(done['names'])}")
 
 
-def _each(
-    options: Any, act: Callable[[str], dict[str, Any]], tell: Callable[[str, dict[str, Any]], str]
-) -> int:
+def _each(options: Any, act: Callable[[str], dict[str, Any]], tell: Callable[[str, dict[str, Any]], str]) -> int:
     """Do something to each thing named; go on after an error, and end with 1 if there was any."""
     results, failed = [], False
     for text in options.what:
@@ -130,9 +128,7 @@ def ps(bench: Workbench, options: Any, _: Get) -> int:
     if options.json:
         show.as_json(rows)
     elif not rows:
-        print(
-            "No containers." if options.all else "No running containers. `ps --all` lists stopped ones too."
-        )
+        print("No containers." if options.all else "No running containers. `ps --all` lists stopped ones too.")
     else:
         print(show.table([_container_row(row) for row in rows]))
     return 0
@@ -152,9 +148,7 @@ def _container_row(row: dict[str, Any]) -> dict[str, str]:
 def _status(row: dict[str, Any]) -> str:
     ended = row.get("exit")
     code = ended.get("code") if isinstance(ended, dict) else ended
-    return (
-        f"{row['status']} ({code})" if row["status"] != "running" and code is not None else str(row["status"])
-    )
+    return f"{row['status']} ({code})" if row["status"] != "running" and code is not None else str(row["status"])
 
 
 def _one_line(command: str | Iterable[str]) -> str:

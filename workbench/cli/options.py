@@ -93,9 +93,7 @@ def _run(parser: argparse.ArgumentParser) -> None:
         help="a variable for the command; may be given more than once",
     )  # fmt: skip
     parser.add_argument("--no-folder", action="store_true", help="do not show the current folder inside")
-    parser.add_argument(
-        "--rm", action="store_true", help="remove the container even when it changed something"
-    )
+    parser.add_argument("--rm", action="store_true", help="remove the container even when it changed something")
     parser.add_argument("image", metavar="IMAGE", help="an image, by name or ID")
     command = parser.add_argument(
         "command", metavar="COMMAND", nargs=argparse.REMAINDER,
@@ -116,9 +114,7 @@ def _logs(parser: argparse.ArgumentParser) -> None:
 
 def _stop(parser: argparse.ArgumentParser) -> None:
     _several(parser, "container")
-    parser.add_argument(
-        "--time", type=float, default=10.0, metavar="SECONDS", help="wait so long before killing (10)"
-    )
+    parser.add_argument("--time", type=float, default=10.0, metavar="SECONDS", help="wait so long before killing (10)")
 
 
 def _rm(parser: argparse.ArgumentParser) -> None:
@@ -183,13 +179,11 @@ def _common(parser: argparse.ArgumentParser) -> None:
 def parser_of(name: str) -> argparse.ArgumentParser:
     """The parser of one command."""
     command = COMMANDS[name]
-    examples = [(f"{PROG} {line}", meaning) for line, meaning in command.examples]
-    width = max((len(line) for line, _ in examples), default=0)
-    epilog = "\n".join(["examples:", *(f"  {line:<{width}}  {meaning}" for line, meaning in examples)])
+    lines = [f"  {PROG} {line}\n      {meaning}" for line, meaning in command.examples]
     parser = _Parser(
         prog=f"{PROG} {name}",
         description=command.description or command.summary[0].upper() + command.summary[1:] + ".",
-        epilog=epilog if examples else None,
+        epilog="\n".join(["examples:", *lines]) if lines else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -204,8 +198,7 @@ def _overview() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROG,
         usage=f"{PROG} COMMAND [OPTIONS]",
-        description="Images, and containers over them, for notebook kernels.\n\ncommands:\n"
-        + "\n".join(lines),
+        description="Images, and containers over them, for notebook kernels.\n\ncommands:\n" + "\n".join(lines),
         epilog=f"`{PROG} COMMAND --help` says more. First steps:\n"
         f"  {PROG} doctor                 does this machine have all that is needed?\n"
         f"  {PROG} build recipes/python   then start JupyterLab and take the new kernel",

@@ -51,8 +51,7 @@ def run(bench: Workbench, options: Any, _: Callable[[], Kernelspecs]) -> int:
         container.remove()
     elif kept:
         show.error(
-            f"container {container.id} stays with what it changed; "
-            f"`jupyter workbench rm {container.id}` removes it"
+            f"container {container.id} stays with what it changed; `jupyter workbench rm {container.id}` removes it"
         )
     if ended.limit:
         show.error(ended.reason)
