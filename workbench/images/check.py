@@ -58,9 +58,7 @@ class _Check:
 
     def found(self, what: str, obstacle: str, lost: str = "") -> bool:
         """Note a problem; whether to mend it. ``lost``: what a person has to do after the repair."""
-        self.problems.append(
-            Problem(what, obstacle, lost if self.trash else _REPAIR, repaired=bool(self.trash))
-        )
+        self.problems.append(Problem(what, obstacle, lost if self.trash else _REPAIR, repaired=bool(self.trash)))
         return bool(self.trash)
 
     def discard(self, path: str) -> None:
@@ -128,9 +126,7 @@ class _Check:
         for image_id, image in self.images.items():
             missing = [diff_id for diff_id in image.diff_ids if diff_id not in self.layers]
             if missing:
-                lacks = f"lacks layer {missing[0][:19]}" + (
-                    f" and {len(missing) - 1} more" if missing[1:] else ""
-                )
+                lacks = f"lacks layer {missing[0][:19]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
                 self.broken.add(image_id)
                 if self.found(f"image {image_id[:19]}", lacks, _AGAIN):
                     self.discard(os.path.join(self.home, "blobs", "sha256", image_id[7:]))
@@ -140,9 +136,7 @@ class _Check:
             if self.found(f"name {os.path.relpath(path, os.path.join(self.home, 'refs'))}", wrong):
                 self.discard(path)
         for name, image_id in self.refs.all().items():
-            if self.gone(image_id) and self.found(
-                f"name {name}", f"its image {image_id[:19]} is not here", _AGAIN
-            ):
+            if self.gone(image_id) and self.found(f"name {name}", f"its image {image_id[:19]} is not here", _AGAIN):
                 self.refs.delete(name)
 
     def gone(self, image_id: str) -> bool:

@@ -79,9 +79,7 @@ def encode(
     layers = list(diff_ids)
     for layer in layers:
         if not DIGEST.fullmatch(layer):
-            raise InvalidInput(
-                "write an image's config", f"{layer!r} is no layer digest", "give sha256:<64 hex>"
-            )
+            raise InvalidInput("write an image's config", f"{layer!r} is no layer digest", "give sha256:<64 hex>")
     pairs = list(env.items() if isinstance(env, Mapping) else env)
     for name, value in pairs:
         if not name or "=" in name or "\0" in name + value:

@@ -29,9 +29,7 @@ def clear_errors(tried: str, path: str) -> Iterator[None]:
         if error.errno in _FULL:
             raise HostLacks(
                 tried,
-                f"no space left for {path}"
-                if error.errno == errno.ENOSPC
-                else f"the disk quota is used up for {path}",
+                f"no space left for {path}" if error.errno == errno.ENOSPC else f"the disk quota is used up for {path}",
                 "free some, as `jupyter workbench gc` does, or set WORKBENCH_HOME to another disk",
             ) from error
         if error.errno == errno.EROFS:

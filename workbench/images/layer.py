@@ -120,7 +120,7 @@ class _Target:
                 self._own(path, name, entry, dir_fd=at)
                 os.utime(name, ns=(entry.mtime, entry.mtime), dir_fd=at, follow_symlinks=False)
             elif entry.kind == tar.HARD_LINK:
-                self._hard_link(entry, name, at, shown)
+                self._hard_link(entry, path, name, at)
             elif entry.kind == tar.FIFO:
                 os.mkfifo(name, 0o600, dir_fd=at)
                 self._own(path, name, entry, dir_fd=at)
@@ -192,19 +192,23 @@ class _Target:
             os.mkdir(name, 0o700, dir_fd=self._open(parent))
             self._folders[path] = tar.Entry(path, tar.FOLDER, 0o755)
 
-    def _hard_link(self, entry: tar.Entry, name: bytes, at: int, shown: str) -> None:
+    def _hard_link(self, entry: tar.Entry, path: bytes, name: bytes, at: int) -> None:
         goal = _clean(entry.link)
         parent, _, old = goal.rpartition(b"/")
         try:
             source = below(self.root, parent, os.O_PATH | os.O_DIRECTORY)
             try:
                 os.link(old, name, src_dir_fd=source, dst_dir_fd=at, follow_symlinks=False)
+                if first := self.owners.get(_text(goal)):
+                    self.owners[_text(path)] = first  # either may come first in our own order
             finally:
                 os.close(source)
         except FileExistsError:
             raise
         except (FileNotFoundError, NotADirectoryError, PermissionError):
-            raise tar.bad(f"{shown} is a hard link to {os.fsdecode(goal)}, which is no file of it") from None
+            raise tar.bad(
+                f"{os.fsdecode(path)} is a hard link to {os.fsdecode(goal)}, which is no file of it"
+            ) from None
 
     def _own(self, path: bytes, target: bytes | int, entry: tar.Entry, dir_fd: int | None = None) -> None:
         try:
@@ -234,8 +238,13 @@ class _Target:
         os.utime(fd, ns=(entry.mtime, entry.mtime))
 
     def _aside(self, path: bytes) -> Owners:
-        found: Owners = self.owners.setdefault(path.decode("utf-8", "surrogateescape"), {})
+        found: Owners = self.owners.setdefault(_text(path), {})
         return found
+
+
+def _text(path: bytes) -> str:
+    """A path as JSON holds it, whatever this process's locale."""
+    return path.decode("utf-8", "surrogateescape")
 
 
 def _clean(name: bytes) -> bytes:
@@ -290,9 +299,7 @@ class _Sink:
         while left:
             data = os.read(fd, min(left, tar.CHUNK))
             if not data:
-                raise Conflict(
-                    "read a layer", f"/{os.fsdecode(shown)} changed meanwhile", "stop what writes to it"
-                )
+                raise Conflict("read a layer", f"/{os.fsdecode(shown)} changed meanwhile", "stop what writes to it")
             left -= len(data)
             self.write(data)
 
@@ -355,7 +362,7 @@ def _entries(
             "rename it",
         )
     entry = tar.Entry(path, tar.FILE, stat.S_IMODE(mode), found.st_uid, found.st_gid, 0, found.st_mtime_ns)
-    aside = owners.get(path.decode("utf-8", "surrogateescape")) if owners else None
+    aside = owners.get(_text(path)) if owners else None
     if aside and "owner" in aside:
         entry.uid, entry.gid = aside["owner"]
     if kind == stat.S_IFDIR:
@@ -416,9 +423,7 @@ def _read_owners(tree: str) -> Owners:
     except FileNotFoundError:
         return {}
     except ValueError:
-        raise Corrupt(
-            "read a layer", f"{owners_file(tree)} is damaged", "build or pull the image again"
-        ) from None
+        raise Corrupt("read a layer", f"{owners_file(tree)} is damaged", "build or pull the image again") from None
 
 
 def move(source: str, target: str) -> None:

@@ -151,9 +151,7 @@ def _same_marks(one: str, other: str) -> bool:
 def _same_file(one: str, other: str) -> bool:
     """Whether two files are the same in everything that a layer keeps, content included."""
     first, second = os.lstat(one), os.lstat(other)
-    if (first.st_mtime_ns, first.st_size) != (second.st_mtime_ns, second.st_size) or not _same_marks(
-        one, other
-    ):
+    if (first.st_mtime_ns, first.st_size) != (second.st_mtime_ns, second.st_size) or not _same_marks(one, other):
         return False
     if not stat.S_ISREG(first.st_mode):
         return True

@@ -59,9 +59,7 @@ class Refs:
         """
         path = self._path(name)
         if not _DIGEST.fullmatch(image_id):
-            raise InvalidInput(
-                f"name an image {name}", f"{image_id!r} is no image ID", "give sha256:<64 hex>"
-            )
+            raise InvalidInput(f"name an image {name}", f"{image_id!r} is no image ID", "give sha256:<64 hex>")
         # The store's lock keeps gc from taking the image between the look and the rename.
         with (
             files.clear_errors(f"name an image {name}", self.home),
@@ -70,9 +68,7 @@ class Refs:
             files.staging(self._tmp) as staging,
         ):
             if not os.path.exists(os.path.join(self._blobs, "sha256", image_id[7:])):
-                raise NotFound(
-                    f"name an image {name}", f"there is no image {image_id[:19]}", "build or pull it first"
-                )
+                raise NotFound(f"name an image {name}", f"there is no image {image_id[:19]}", "build or pull it first")
             try:
                 self._make_folders(os.path.dirname(path))
                 fresh = os.path.join(staging, "ref")
@@ -153,12 +149,8 @@ class Refs:
                     raise
         digits = _HEX.fullmatch(text)
         if digits is None:
-            raise InvalidInput(
-                "find an image", f"{text!r} is no image ID", "give sha256: and 4 or more hex digits"
-            )
-        matches = [
-            hexes for hexes in os.listdir(os.path.join(self._blobs, "sha256")) if hexes.startswith(digits[1])
-        ]
+            raise InvalidInput("find an image", f"{text!r} is no image ID", "give sha256: and 4 or more hex digits")
+        matches = [hexes for hexes in os.listdir(os.path.join(self._blobs, "sha256")) if hexes.startswith(digits[1])]
         if len(digits[1]) < 64:
             matches = [hexes for hexes in matches if self._is_image(hexes)]
         if not matches:

@@ -127,9 +127,7 @@ class Store:
             tree, record = str(staging / "tree"), str(staging / "record")
             found = userns.call("workbench.images.layer:lay_out", os.path.abspath(path), tree, record)
             if expected is not None and found["diff_id"] != expected:
-                raise Corrupt(
-                    "add a layer", f"the archive is {found['diff_id'][:19]}, not {expected[:19]}", _AGAIN
-                )
+                raise Corrupt("add a layer", f"the archive is {found['diff_id'][:19]}, not {expected[:19]}", _AGAIN)
             self._keep(tree, found, record if os.path.exists(record) else None)
         return str(found["diff_id"])
 
@@ -139,9 +137,7 @@ class Store:
         found = userns.call("workbench.images.layer:remake", tree, self.record(diff_id), out)
         if found["diff_id"] != diff_id:
             os.unlink(out)
-            raise Corrupt(
-                "remake a layer's archive", f"{tree} has changed", "run `jupyter workbench check --repair`"
-            )
+            raise Corrupt("remake a layer's archive", f"{tree} has changed", "run `jupyter workbench check --repair`")
 
     def record(self, diff_id: str) -> str | None:
         """The record of an archive that ``pack`` alone cannot remake."""

@@ -53,12 +53,18 @@ _FIELDS = b"%07o\0%07o\0%07o\0%011o\0%011o\0        "
 _TAIL = b"ustar\x0000" + bytes(64) + b"0000000\x000000000\0" + bytes(167)
 
 
-def _block(
-    name: bytes, mode: int, uid: int, gid: int, size: int, mtime: int, kind: bytes, link: bytes
-) -> bytes:
+def _block(name: bytes, mode: int, uid: int, gid: int, size: int, mtime: int, kind: bytes, link: bytes) -> bytes:
     start = name.ljust(100, b"\0") + _FIELDS % (mode, uid, gid, size, mtime)
     end = kind + link.ljust(100, b"\0") + _TAIL
     return b"%b%06o\0 %b" % (start[:-8], sum(start) + sum(end), end)
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _record(key: bytes, value: bytes) -> bytes:
@@ -75,12 +81,9 @@ def header(entry: Entry) -> bytes:
     uid, gid, size = entry.uid, entry.gid, entry.size
     records: dict[bytes, bytes] = {XATTR + key.encode(): value for key, value in entry.xattrs.items()}
     for key, value in ((b"path", name), (b"linkpath", link)):
-        if len(value) > 100 or not value.isascii():
+        # A short name that is no UTF-8 goes as it is: pax knows UTF-8 only, and readers differ in the rest.
+        if len(value) > 100 or (not value.isascii() and _is_utf8(value)):
             records[key] = value
-            try:
-                value.decode()
-            except UnicodeDecodeError:
-                records[b"hdrcharset"] = b"BINARY"
     if rest or not 0 <= seconds < 1 << 33:
         records[b"mtime"] = _decimal(mtime)
         seconds = min(max(seconds, 0), (1 << 33) - 1)
@@ -162,9 +165,7 @@ class _Inflated:
             if not chunk:
                 if last and not have:
                     return b""
-                raise Corrupt(
-                    "remake a layer's archive", "its record ends early", "build or pull the image again"
-                )
+                raise Corrupt("remake a layer's archive", "its record ends early", "build or pull the image again")
             parts.append(data)
             have += len(data)
         whole = b"".join(parts)
