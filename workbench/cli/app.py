@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -28,12 +29,19 @@ class WorkbenchApp(JupyterApp):
     def _config_file_name_default(self) -> str:
         return CONFIG_NAME
 
+    def generate_config_file(self, classes: Any = None) -> str:
+        """Only what concerns Workbench."""
+        return str(super().generate_config_file(classes or [Workbench]))
+
     def set_up(self, parsed: Parsed) -> None:
         """Files first, what the command line says over them. Raises InvalidInput."""
         self.parse_command_line(list(parsed.settings))
         from_command_line = deepcopy(self.cli_config)
+        self.raise_config_file_errors = True
         if parsed.values.config:
-            self.config_file = parsed.values.config
+            self.config_file = os.path.abspath(parsed.values.config)
+            if not os.path.isfile(self.config_file):
+                raise InvalidInput("read the configuration", f"{self.config_file} is not there")
         try:
             self.load_config_file(suppress_errors=False)
         except ConfigFileNotFound:
@@ -47,7 +55,8 @@ def launch(parsed: Parsed, kernelspecs: Callable[[], Kernelspecs]) -> int:
     """Execute a command with all of the configuration; its exit code."""
     app: Any = WorkbenchApp.instance()
     if getattr(parsed.values, "help_all", False):
-        app.print_help(classes=True)
+        print("Settings: in a configuration file as c.Workbench.NAME = VALUE, or here as --Workbench.NAME=VALUE\n")
+        print(Workbench.class_get_help())
         return 0
     if getattr(parsed.values, "generate_config", False):
         app.write_default_config()
