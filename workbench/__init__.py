@@ -3,4 +3,18 @@
 This module stays light: the helper process of every launch imports it.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def _jupyter_server_extension_points() -> list[dict[str, str]]:
+    return [{"module": "workbench"}]
+
+
+def _load_jupyter_server_extension(serverapp: Any) -> None:
+    from workbench.jupyter import extension
+
+    extension.load(serverapp)

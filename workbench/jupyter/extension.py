@@ -1,0 +1,23 @@
+"""The server extension: REST for images and containers. Enabled by installation; no kernel needs it.
+
+Nothing heavy is imported here: the server complains about an extension that takes 0.1 s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def load(serverapp: Any) -> None:
+    """Add the routes to a Jupyter server (``_load_jupyter_server_extension``)."""
+    from jupyter_server.utils import url_path_join
+
+    from workbench.jupyter import handlers
+
+    web = serverapp.web_app
+    base = web.settings["base_url"]
+    web.add_handlers(
+        ".*$",
+        [(url_path_join(base, "workbench", "api") + route, handler) for route, handler in handlers.ROUTES],
+    )
+    serverapp.log.info("Workbench: images and containers at %s", url_path_join(base, "workbench", "api"))

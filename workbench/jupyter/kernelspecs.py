@@ -1,0 +1,146 @@
+"""Kernelspecs of images: written when an image is named, removed with the name.
+
+They go to the user's Jupyter data folder, the one place where every client looks, whatever environment it runs
+in. ``argv`` is our launcher, for clients that start it themselves; ``metadata.kernel_provisioner`` serves those
+built on jupyter_client.
+
+Format: https://jupyter-client.readthedocs.io/en/stable/kernels.html#kernel-specs
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import workbench
+from workbench.model import Conflict, Image, InvalidInput
+
+_MARK = "workbench"
+
+
+def write(image_name: str, image: Image) -> Path:
+    """Write the kernelspec of an image's name; its folder.
+
+    Raises InvalidInput for an image without a kernel, Conflict where somebody else has the name.
+    """
+    kernel = image.kernel
+    if kernel is None:
+        raise InvalidInput(f"write a kernelspec for {image_name}", "the image has no kernel")
+    folder = _folder() / kernel_name(image_name)
+    known = _read(folder)
+    if folder.exists() and (known is None or _MARK not in known.get("metadata", {})):
+        raise Conflict(f"write the kernelspec {folder.name}", f"{folder} is not ours", "remove or rename it")
+    folder.mkdir(parents=True, exist_ok=True)
+    logo = _logo(kernel.language)
+    if logo is not None:
+        _replace(folder / logo.name, logo.read_bytes())
+    # last, since a folder counts as a kernelspec from here on
+    _replace(folder / "kernel.json", json.dumps(_content(image_name, image), indent=1).encode() + b"\n")
+    return folder
+
+
+def remove(image_name: str) -> None:
+    """Remove the kernelspec of a name, if there is one of ours."""
+    folder = _folder() / kernel_name(image_name)
+    known = _read(folder)
+    if known is None or _MARK not in known.get("metadata", {}):
+        return
+    with suppress(FileNotFoundError):
+        (folder / "kernel.json").unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def kernel_name(image_name: str) -> str:
+    """``wb-<name>``, the tag at its end unless it is ``latest``; only characters that a kernelspec may have."""
+    name, _, tag = image_name.partition(":")
+    parts = [name.replace("/", "-"), *([tag.lower()] if tag not in ("", "latest") else [])]
+    return "wb-" + "-".join(parts)
+
+
+def written() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The kernelspecs of ours that are there: name and content."""
+    try:
+        folders = sorted(_folder().iterdir())
+    except OSError:
+        return
+    for folder in folders:
+        known = _read(folder)
+        if known is not None and _MARK in known.get("metadata", {}):
+            yield folder.name, known
+
+
+def _content(image_name: str, image: Image) -> dict[str, Any]:
+    kernel = image.kernel
+    assert kernel is not None
+    config = {"image": image_name}
+    content: dict[str, Any] = {
+        "argv": [*_launcher(), image_name, "{connection_file}"],
+        "display_name": kernel.display_name or image_name,
+        "language": kernel.language,
+        # A client that starts argv itself signals processes; one message is surer where the kernel knows it.
+        "interrupt_mode": kernel.interrupt_mode,
+        "metadata": {
+            "kernel_provisioner": {"provisioner_name": "workbench", "config": config},
+            _MARK: {"image": image.id},
+            "supported_encryption": list(kernel.supported_encryption),
+            "debugger": kernel.language == "python",
+        },
+        # kernel_protocol_version stays out: from 5.5 on Positron would want the handshake of a registration file
+    }
+    if home := _unusual_home():
+        config["home"] = home
+        content["env"] = {"WORKBENCH_HOME": home}
+    return content
+
+
+def _unusual_home() -> str:
+    """The store, when clients that know nothing of our environment could not find it."""
+    home = os.environ.get("WORKBENCH_HOME", "")
+    return os.path.abspath(home) if home else ""
+
+
+def _launcher() -> list[str]:
+    """Our launcher by its absolute path, not named python (a client might put another interpreter in its place)."""
+    for folder in (os.path.dirname(sys.executable), sysconfig.get_path("scripts")):
+        path = os.path.join(folder, "workbench-kernel")
+        if os.access(path, os.X_OK):
+            return [path]
+    if found := shutil.which("workbench-kernel"):
+        return [os.path.abspath(found)]
+    return [sys.executable, "-m", "workbench.jupyter.launcher"]  # not installed: a checkout on PYTHONPATH
+
+
+def _folder() -> Path:
+    from jupyter_core.paths import jupyter_data_dir
+
+    return Path(jupyter_data_dir()) / "kernels"
+
+
+def _logo(language: str) -> Path | None:
+    package = Path(workbench.__file__).parent
+    for root in (package / "kernels", package.parent / "kernels"):  # installed, or in a checkout
+        path = root / language.lower() / "logo-svg.svg"
+        if path.is_file():
+            return path
+    return None
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads((folder / "kernel.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _replace(path: Path, content: bytes) -> None:
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    staging.write_bytes(content)
+    os.replace(staging, path)

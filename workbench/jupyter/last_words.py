@@ -1,0 +1,211 @@
+"""Tells the user why a kernel died, in the cell that was running.
+
+A kernel killed by its memory limit says nothing itself. Its iopub socket is a Unix socket whose name the host
+may take over: every client's SUB socket reconnects to that name by itself (libzmq does within 0.2 s), and gets
+one ``stream`` message on stderr, signed like the kernel's own. To be shown, it must name the request that was
+running as its parent. So a SUB socket of ours follows the kernel's ``execute_input`` messages, one short message
+an execution, and takes them out of its queue at most twice a second, so that the kernel's round trips don't
+feel it.
+
+One thread, for all kernels of this process, that sleeps while nothing happens. It owns the sockets: a ZeroMQ
+socket is not to be shared between threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+#: Seconds between two looks at the queues of kernels.
+_LOOK = 0.5
+#: Seconds that clients get to reconnect, and in which the message waits for each of them.
+WINDOW = 0.6
+_DELIMITER = b"<IDS|MSG>"
+# ipykernel publishes under "kernel.<id>.<type>"; outputs have other topics and never come here.
+_ANY = b"kernel."
+_REQUEST = b".execute_input"
+
+
+@dataclass(eq=False)
+class Listener:
+    """What is known of one kernel. ``address``: its iopub as the host reaches it."""
+
+    address: str
+    session: Any  # jupyter_client.session.Session
+    curve: tuple[bytes, bytes] | None = None
+    socket: zmq.Socket[bytes] | None = None
+    topic: bytes = _ANY
+    parent: dict[str, Any] = field(default_factory=dict)
+
+
+class LastWords:
+    """The thread. Every method can be called from any thread and returns at once."""
+
+    def __init__(self) -> None:
+        self._context = zmq.Context()
+        self._orders: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake_read, zmq.POLLIN)
+        self._listeners: set[Listener] = set()
+        self._pid = os.getpid()
+        threading.Thread(target=self._run, name="workbench-last-words", daemon=True).start()
+
+    def follow(self, listener: Listener) -> None:
+        """Begin to follow a kernel that is starting."""
+        self._order(lambda: self._follow(listener))
+
+    def forget(self, listener: Listener) -> Future[None]:
+        """The kernel ends as it should. Done when its socket is closed."""
+        done: Future[None] = Future()
+        self._order(lambda: done.set_result(self._forget(listener)))
+        return done
+
+    def say(self, listener: Listener, text: str) -> Future[int]:
+        """In the place of the kernel that has died, tell its clients ``text``; how many it reached.
+
+        Takes WINDOW seconds; then the name is free for the next run of the kernel.
+        """
+        done: Future[int] = Future()
+
+        def order() -> None:
+            self._look(listener)
+            self._forget(listener)
+            # its own thread: other kernels may die in the same moment, and be followed meanwhile
+            threading.Thread(target=self._say, args=(listener, text, done), daemon=True).start()
+
+        self._order(order)
+        return done
+
+    # -- the thread ----------------------------------------------
+
+    def _order(self, order: Callable[[], None]) -> None:
+        with self._lock:
+            self._orders.append(order)
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_write, b"\0")
+
+    def _run(self) -> None:
+        while True:
+            ready = dict(self._poller.poll())
+            if self._wake_read not in ready:
+                # A message has come; let more of them gather, unless there is an order.
+                wake = zmq.Poller()
+                wake.register(self._wake_read, zmq.POLLIN)
+                wake.poll(int(_LOOK * 1000))
+            with contextlib.suppress(BlockingIOError):
+                while os.read(self._wake_read, 512):
+                    pass
+            with self._lock:
+                orders, self._orders = self._orders, []
+            for order in orders:
+                order()
+            for listener in self._listeners:
+                self._look(listener)
+
+    def _follow(self, listener: Listener) -> None:
+        self._forget(listener)
+        socket = self._context.socket(zmq.SUB)
+        socket.linger = 0
+        socket.rcvhwm = 0  # a full queue would keep the oldest; the latest counts
+        if listener.curve:
+            socket.curve_publickey, socket.curve_secretkey = listener.curve
+            socket.curve_serverkey = listener.curve[0]
+        listener.topic, listener.parent = _ANY, {}
+        socket.subscribe(_ANY)
+        socket.connect(listener.address)
+        listener.socket = socket
+        self._poller.register(socket, zmq.POLLIN)
+        self._listeners.add(listener)
+
+    def _forget(self, listener: Listener) -> None:
+        self._listeners.discard(listener)
+        if listener.socket is not None:
+            self._poller.unregister(listener.socket)
+            listener.socket.close()
+            listener.socket = None
+
+    def _look(self, listener: Listener) -> None:
+        socket = listener.socket
+        if socket is None:
+            return
+        last: list[bytes] = []
+        try:
+            while True:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+                topic = frames[0]
+                if topic.endswith(_REQUEST):
+                    last = frames
+                if listener.topic == _ANY and topic.count(b".") >= 2:
+                    # from now on only what is needed, not even the kernel's other small messages
+                    narrow = topic[: topic.rindex(b".")] + _REQUEST
+                    socket.subscribe(narrow)
+                    socket.unsubscribe(_ANY)
+                    listener.topic = narrow
+        except zmq.ZMQError:  # EAGAIN: the queue is empty
+            pass
+        if last:
+            with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
+                # topic, delimiter, signature, header, parent header, metadata, content
+                parent = json.loads(last[last.index(_DELIMITER) + 3])
+                if isinstance(parent, dict):
+                    listener.parent = parent
+
+    def _say(self, listener: Listener, text: str, done: Future[int]) -> None:
+        reached = 0
+        try:
+            reached = self._publish(listener, text)
+        except Exception as error:
+            done.set_exception(error)
+        else:
+            done.set_result(reached)
+
+    def _publish(self, listener: Listener, text: str) -> int:
+        session = listener.session.clone()
+        parent = {"header": listener.parent} if listener.parent else None
+        message = session.msg("stream", {"name": "stderr", "text": text + "\n"}, parent=parent)
+        frames = session.serialize(message)
+        reached = 0
+        with self._context.socket(zmq.XPUB) as socket:
+            socket.linger = 200
+            # Manual: each subscriber is given a topic of its own, so that each gets the message once, however
+            # late it comes. A SUB socket filters again by what it asked for itself, mostly everything.
+            socket.setsockopt(zmq.XPUB_VERBOSE, 1)
+            socket.setsockopt(zmq.XPUB_MANUAL, 1)
+            if listener.curve:
+                socket.curve_publickey, socket.curve_secretkey = listener.curve
+                socket.curve_server = True
+            socket.bind(listener.address)
+            end = time.monotonic() + WINDOW
+            while (left := end - time.monotonic()) > 0:
+                if not socket.poll(int(left * 1000) + 1):
+                    break
+                request = socket.recv()
+                if not request.startswith(b"\x01") or request[1:].startswith(_ANY):
+                    continue
+                topic = request[1:] + b"last-words.%d" % reached
+                socket.setsockopt(zmq.SUBSCRIBE, topic)
+                socket.send_multipart([topic, *frames])
+                reached += 1
+        return reached
+
+
+_instance: LastWords | None = None
+
+
+def instance() -> LastWords:
+    """The one of this process (a fork starts its own)."""
+    global _instance
+    if _instance is None or _instance._pid != os.getpid():
+        _instance = LastWords()
+    return _instance

@@ -1,0 +1,280 @@
+"""``workbench-kernel IMAGE CONNECTION_FILE``: the argv of our kernelspecs, for clients that start it themselves.
+
+Clients built on jupyter_client honour the provisioner and never come here. The others (VS Code's own kernels,
+Zed, Positron, emacs-jupyter) know a process, a connection file with TCP ports, and signals; so this process
+stands for the kernel: it listens where the file says, joins each connection to the kernel's Unix socket in the
+container, passes an interrupt on once, and neither it nor the container outlives the client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from concurrent.futures import Future
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from workbench.jupyter import connection
+from workbench.jupyter.relay import Relay
+from workbench.model import InvalidInput, LaunchFailed, WorkbenchError
+
+if TYPE_CHECKING:
+    from workbench.containers.container import Container
+    from workbench.workbench import Workbench
+
+#: Interrupts closer to each other than this (seconds) are one: clients signal descendants, then the launcher.
+DEBOUNCE = 0.1
+#: Seconds in which a client must take something of what a dead kernel has said, or it is given up.
+PATIENCE = 2.0
+_LOOPBACK = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one kernel for the client that started this process; the exit code is the kernel's."""
+    # A client's Ctrl-C while this is still starting must not print a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        if len(words) != 2:
+            raise InvalidInput(
+                "start a kernel", f"{len(words)} arguments", "usage: workbench-kernel IMAGE CONNECTION_FILE"
+            )
+        with contextlib.closing(_Launcher(words[0], words[1])) as launcher:
+            return launcher.run()
+    except WorkbenchError as error:
+        print(f"workbench-kernel: {error}", file=sys.stderr)
+        return 1
+
+
+class _Launcher:
+    """One kernel, from the connection file to its exit."""
+
+    def __init__(self, ref: str, connection_file: str) -> None:
+        self._ref = ref
+        self._pending: list[int] = []
+        self._interrupted = float("-inf")
+        self._ended_by = 0
+        self._container: Container | None = None
+        self._workbench: Workbench | None = None
+        self._run_dir = -1
+        self._client = _pidfd_of_parent()
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._file = connection.read(connection_file)
+        # Before the container exists: clients look for open ports to see whether a kernel comes up.
+        self._listeners = listen(self._file)
+        self._relay: Relay | None = None
+
+    def run(self) -> int:
+        """Start the container, carry bytes until the kernel exits or the client goes; the exit code."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        container = self._create()
+        relay = self._relay
+        assert relay is not None
+        started = self._start(container)
+        container_exit: Future[Any] | None = None
+        while not self._ended_by:
+            relay.step()
+            self._take_signals(container if container_exit else None)
+            if container_exit is None and started.done():
+                started.result()
+                container_exit = container.exited
+                container_exit.add_done_callback(self._wake)
+            if container_exit is not None and container_exit.done():
+                break
+        if container_exit is None or not container_exit.done():
+            return self._kill(container, started)
+        ended = container_exit.result()
+        relay.kernel_gone()
+        self._let_out(relay)
+        if ended.reason:
+            print(f"workbench-kernel: {ended.reason}", file=sys.stderr, flush=True)
+        return ended.code if ended.code >= 0 else 128 - ended.code
+
+    def close(self) -> None:
+        """Leave nothing behind: no socket, no process; the writable layer stays only if it holds changes."""
+        if self._relay is not None:
+            self._relay.close()
+        for listener, _ in self._listeners:
+            listener.close()
+        if self._file.transport == "ipc":
+            for path in _ipc_paths(self._file):
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+        try:
+            if self._container is not None:
+                self._container.settle()
+        finally:
+            if self._workbench is not None:
+                self._workbench.close()
+
+    # -- steps ----------------------------------------------
+
+    def _create(self) -> Container:
+        from workbench.workbench import Workbench  # late, so that the ports are open by now
+
+        self._workbench = workbench = Workbench()
+        image = workbench.image(self._ref)
+        kernel = image.kernel
+        if kernel is None:
+            raise LaunchFailed(
+                f"start a kernel of {self._ref}",
+                "the image has no kernel",
+                "`jupyter workbench run` starts it",
+            )
+        if self._file.curve:
+            connection.require_curve(kernel, self._ref)
+        container = workbench.create(
+            self._ref,
+            argv=list(connection.command(kernel)),
+            cwd=os.getcwd(),
+            env=connection.kernel_env(os.environ),
+            labels={"kind": "kernel", "client": "launcher"},
+        )
+        self._container = container
+        run_dir = str(container.run_dir)
+        content = connection.guest_content(
+            key=self._file.key,
+            signature_scheme=self._file.signature_scheme,
+            kernel_name=self._ref,
+            curve=self._file.curve,
+        )
+        connection.write_guest(run_dir, content)
+        self._run_dir = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._relay = relay = Relay(self._listeners, self._run_dir)
+        relay.watch(self._wake_read, self._on_wake)
+        if self._client >= 0:
+            relay.watch(self._client, self._on_client_gone)
+        return container
+
+    def _start(self, container: Container) -> Future[None]:
+        null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # What the kernel prints beside its messages is shown by the client as the kernel's log.
+            started = container.start(stdio=(null, 1, 2))
+        finally:
+            os.close(null)
+        started.add_done_callback(self._wake)
+        return started
+
+    def _kill(self, container: Container, started: Future[None]) -> int:
+        """The client is gone or said so: the kernel goes at once."""
+        with contextlib.suppress(WorkbenchError, OSError, TimeoutError):
+            started.result(timeout=10)
+            container.kill()
+            container.exited.result(timeout=10)
+        return 128 + self._ended_by
+
+    def _let_out(self, relay: Relay) -> None:
+        """The kernel has exited; its last output still reaches a client that takes it."""
+        relay.moved = time.monotonic()
+        while relay.links and not self._ended_by and time.monotonic() - relay.moved < PATIENCE:
+            relay.step(0.05)
+            self._take_signals(None)
+
+    # -- events ----------------------------------------------
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._pending.append(number)
+
+    def _wake(self, _future: Future[Any]) -> None:
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.write(self._wake_write, b"\0")
+
+    def _on_wake(self, _events: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._wake_read, 512):
+                pass
+
+    def _on_client_gone(self, _events: int) -> None:
+        self._ended_by = signal.SIGHUP
+
+    def _take_signals(self, container: Container | None) -> None:
+        pending, self._pending = self._pending, []
+        for number in pending:
+            if number != signal.SIGINT:
+                self._ended_by = number
+            elif container is not None:
+                now = time.monotonic()
+                if now - self._interrupted >= DEBOUNCE:
+                    with contextlib.suppress(OSError):
+                        container.signal(signal.SIGINT)
+                self._interrupted = now
+
+
+def listen(file: connection.ClientFile) -> list[tuple[socket.socket, str]]:
+    """Listening sockets where the client's file says, each with the name of the kernel's socket to join.
+
+    TCP on the loopback interface only. Raises LaunchFailed, InvalidInput.
+    """
+    tried = "listen for the kernel's client"
+    listeners: list[tuple[socket.socket, str]] = []
+    address = "127.0.0.1" if file.ip == "localhost" else file.ip
+    try:
+        for channel, port in zip(connection.CHANNELS, file.ports, strict=True):
+            target = f"{connection.PREFIX}-{connection.number(channel)}"
+            if file.transport == "ipc":
+                listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                listeners.append((listener, target))
+                _bind_private(listener, f"{file.ip}-{port}")
+            else:
+                if address not in _LOOPBACK:
+                    raise InvalidInput(
+                        tried,
+                        f"the connection file asks for {file.ip}",
+                        "ask for 127.0.0.1: a kernel never listens elsewhere",
+                    )
+                listener = socket.socket(_LOOPBACK[address], socket.SOCK_STREAM)
+                listeners.append((listener, target))
+                # as libzmq does; a client hands out ports that it has just closed
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind((address, port))
+            listener.listen(128)
+    except (OSError, InvalidInput) as error:
+        for listener, _ in listeners:
+            listener.close()
+        if isinstance(error, InvalidInput):
+            raise
+        raise LaunchFailed(tried, f"{file.ip}, port {port}: {error.strerror or error}") from None
+    return listeners
+
+
+def _bind_private(listener: socket.socket, path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    before = os.umask(0o077)
+    try:
+        listener.bind(path)
+    finally:
+        os.umask(before)
+
+
+def _ipc_paths(file: connection.ClientFile) -> list[str]:
+    return [f"{file.ip}-{port}" for port in file.ports]
+
+
+def _pidfd_of_parent() -> int:
+    """A descriptor that becomes readable when the client's process ends, also by SIGKILL; -1 without a parent.
+
+    Not PR_SET_PDEATHSIG: it fires when the *thread* that started us ends (prctl(2)), and some clients start
+    kernels from threads that come and go.
+    """
+    parent = os.getppid()
+    if parent == 0:  # the client lives in another pid namespace
+        return -1
+    try:
+        handle = os.pidfd_open(parent)
+    except ProcessLookupError:
+        raise LaunchFailed("start a kernel", "its client has gone") from None
+    if os.getppid() != parent:
+        raise LaunchFailed("start a kernel", "its client has gone")
+    return handle
+
+
+if __name__ == "__main__":
+    sys.exit(main())

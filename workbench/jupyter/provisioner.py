@@ -1,0 +1,312 @@
+"""The kernel provisioner: how jupyter_client (JupyterLab, Notebook, nbclient, papermill, console) starts kernels.
+
+``kernel.json`` names it in ``metadata.kernel_provisioner``; nothing else needs to be configured, and no server
+extension is needed. One instance lives as long as its kernel, through every restart, and so does its container
+with the writable layer.
+
+Interface: https://jupyter-client.readthedocs.io/en/stable/provisioning.html
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from jupyter_client.connect import KernelConnectionInfo
+from jupyter_client.provisioning import KernelProvisionerBase
+from traitlets import Unicode
+
+from workbench.jupyter import connection, shared
+from workbench.model import Conflict, Exit, LaunchFailed, NotFound, WorkbenchError
+
+if TYPE_CHECKING:
+    from workbench.containers.container import Container
+    from workbench.jupyter.last_words import Listener
+    from workbench.model import Image, Kernel
+    from workbench.workbench import Workbench
+
+
+class WorkbenchProvisioner(KernelProvisionerBase):  # type: ignore[misc]
+    """One kernel in one container."""
+
+    image = Unicode("", config=True, help="The image: a name, or its ID.")
+    home = Unicode("", help="The store that the image is in, where it is not the user's default.")
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._container: Container | None = None
+        self._content: dict[str, Any] = {}
+        self._exit: Exit | None = None
+        self._exited: Future[Exit] | None = None
+        self._listener: Listener | None = None
+        self._farewell: Future[int] | None = None
+        self._expected = True
+        self._has_process = False
+        self._mounts: list[tuple[str, str]] = []
+        self._cwd = ""
+
+    # Start
+
+    async def pre_launch(self, **kwargs: Any) -> dict[str, Any]:
+        """Lay out the container and write the host's connection file; keyword arguments for launch_kernel."""
+        try:
+            return await self._prepare(kwargs)
+        except WorkbenchError as error:
+            await self._discard()
+            raise self._refusal(error) from None
+
+    async def _prepare(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        km: Any = self.parent
+        if km is None:
+            raise LaunchFailed(f"start a kernel of {self.image}", "no kernel manager asks for it")
+        await self._free_sockets()
+        environ: Mapping[str, str] = kwargs.get("env") or os.environ
+        bench = shared.workbench(self.config, self.home)
+        image = bench.image(self.image)
+        kernel = image.kernel
+        if kernel is None:
+            raise LaunchFailed(
+                f"start a kernel of {self.image}", "the image has no kernel", "name a kernel in its recipe"
+            )
+        encrypt = self._encrypt(kwargs.pop("transport_encryption", None), kernel)
+        argv = [*connection.command(kernel), *kwargs.pop("extra_arguments", [])]
+        if self._container is None:
+            self._container = self._create(bench, image, argv, str(kwargs.get("cwd") or os.getcwd()), environ)
+            self._set_transport(f"{self._container.run_dir}/{connection.PREFIX}")
+        if encrypt and km.curve_publickey is None:
+            import zmq
+
+            # made once, like the session's key: the connection file stays through a restart
+            km.curve_publickey, km.curve_secretkey = zmq.curve_keypair()
+        km.write_connection_file(jupyter_session=environ.get("JPY_SESSION_NAME", ""))
+        self.connection_info = km.get_connection_info()
+        self._content = connection.guest_content(
+            key=km.session.key.decode(),
+            signature_scheme=km.session.signature_scheme,
+            kernel_name=km.kernel_name,
+            curve=(km.curve_publickey.decode(), km.curve_secretkey.decode()) if km.curve_publickey else None,
+        )
+        return {**kwargs, "cmd": argv, "env": connection.kernel_env(environ)}
+
+    def _encrypt(self, asked: str | None, kernel: Kernel) -> bool:
+        """Whether CURVE keys are to be made: as LocalProvisioner decides it, and never in clear when required."""
+        km: Any = self.parent
+        policy = asked if asked is not None else getattr(km, "transport_encryption", "disabled")
+        if hasattr(km, "_transport_encryption_policy"):
+            policy = km._transport_encryption_policy(policy)
+        if policy == "required":
+            connection.require_curve(kernel, self.image)
+            return True
+        return bool(policy == "auto" and "curve" in kernel.supported_encryption)
+
+    def _create(
+        self, bench: Workbench, image: Image, argv: list[str], cwd: str, environ: Mapping[str, str]
+    ) -> Container:
+        self._cwd = cwd
+        container = bench.create(
+            image.id,
+            argv=argv,
+            cwd=cwd,
+            env=connection.kernel_env(environ),
+            labels={"image": self.image, "kernel": str(self.kernel_id or "")},
+        )
+        spec = container.state["spec"]
+        self._cwd = spec["cwd"]
+        self._mounts = [(mount["source"], mount["target"]) for mount in spec["mounts"]]
+        return container
+
+    def _set_transport(self, prefix: str) -> None:
+        km: Any = self.parent
+        km.transport, km.ip = "ipc", prefix
+        for channel in connection.CHANNELS:
+            setattr(km, f"{channel}_port", connection.number(channel))
+
+    async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:  # noqa: ARG002
+        """Start the container with the kernel in it."""
+        container = self._container
+        assert container is not None, "pre_launch comes first"
+        connection.clear_sockets(container.run_dir)
+        connection.write_guest(container.run_dir, self._content)
+        self._exit, self._farewell, self._expected = None, None, False
+        # No thread pool: the helper may be started here, and is to end with this process, not with a thread.
+        started = container.start()
+        exited = self._exited = container.exited
+        self._follow()
+        exited.add_done_callback(self._on_exit)
+        try:
+            await asyncio.wrap_future(started)
+        except WorkbenchError as error:
+            self._expected = True
+            await self._discard()
+            raise self._refusal(error) from None
+        self._has_process = True
+        return self.connection_info
+
+    def _refusal(self, error: WorkbenchError) -> Exception:
+        """The error as the caller can show it: a server answers the browser with the line itself."""
+        self.log.error("%s", error)
+        if "jupyter_server.base.handlers" in sys.modules:
+            from workbench.jupyter.handlers import http_error
+
+            return http_error(error)
+        return error
+
+    async def _discard(self) -> None:
+        """The kernel could not be started: nothing of it stays."""
+        if not self._has_process:
+            await self._settle()
+
+    # Life
+
+    @property
+    def has_process(self) -> bool:
+        """Whether a kernel was started and its end not yet taken notice of."""
+        return self._has_process
+
+    async def poll(self) -> int | None:
+        """None while it runs, or while its clients are being told why it died; else the exit code."""
+        if not self._has_process:
+            return 0
+        if self._exit is None or (self._farewell is not None and not self._farewell.done()):
+            return None
+        return self._exit.code
+
+    async def wait(self) -> int | None:
+        """Wait for its end; the exit code."""
+        code = 0
+        while self._has_process:
+            polled = await self.poll()
+            if polled is not None:
+                code, self._has_process = polled, False
+                break
+            await asyncio.sleep(0.02)
+        return code
+
+    async def send_signal(self, signum: int) -> None:
+        """To the kernel's process group, by way of the container's init."""
+        if self._container is not None and self._has_process and signum:
+            if signum == signal.SIGKILL:
+                await self.kill()
+            else:
+                self._container.signal(signum)
+
+    async def kill(self, restart: bool = False) -> None:  # noqa: ARG002
+        """End everything in the container at once."""
+        self._expect_end()
+        if self._container is not None:
+            self._container.kill()
+
+    async def terminate(self, restart: bool = False) -> None:  # noqa: ARG002
+        """Ask the kernel to end (SIGTERM)."""
+        self._expect_end()
+        if self._container is not None:
+            self._container.signal(signal.SIGTERM)
+
+    async def shutdown_requested(self, restart: bool = False) -> None:  # noqa: ARG002
+        """The kernel was told to end by message."""
+        self._expect_end()
+
+    async def cleanup(self, restart: bool = False) -> None:
+        """A restart keeps the container and its writable layer; else it stays only if it holds changes."""
+        await self._free_sockets()
+        if not restart:
+            await self._settle()
+
+    async def _settle(self) -> None:
+        container, self._container = self._container, None
+        if container is None:
+            return
+        try:
+            if await asyncio.to_thread(container.settle):
+                self.log.info("Container %s is kept, stopped, with its changes", container.id)
+        except Conflict:  # it would not end in the time that it was given
+            container.kill()
+        except (WorkbenchError, OSError) as error:
+            self.log.warning("Container %s: %s", container.id, error)
+
+    # Its end
+
+    def _follow(self) -> None:
+        from workbench.jupyter import last_words
+
+        km: Any = self.parent
+        self._listener = last_words.Listener(
+            f"ipc://{km.ip}-{connection.number('iopub')}",
+            km.session,
+            (km.curve_publickey, km.curve_secretkey) if km.curve_publickey else None,
+        )
+        last_words.instance().follow(self._listener)
+
+    def _expect_end(self) -> None:
+        self._expected = True
+        if self._listener is not None and self._exit is None:
+            from workbench.jupyter import last_words
+
+            last_words.instance().forget(self._listener)
+
+    def _on_exit(self, exited: Future[Exit]) -> None:
+        """In the helper's reader thread. ``_exit`` is set last: poll() must not report the end before the words."""
+        if exited is not self._exited:
+            return
+        end = exited.result()
+        if end.reason and not self._expected and self._listener is not None:
+            from workbench.jupyter import last_words
+
+            text = f"Kernel died: {end.reason.removeprefix('killed: ')}"
+            self.log.error("%s (kernel %s, image %s)", text, self.kernel_id, self.image)
+            self._farewell = last_words.instance().say(self._listener, text)
+        self._exit = end
+
+    async def _free_sockets(self) -> None:
+        """Wait until nothing of ours uses the names of the kernel's sockets."""
+        from workbench.jupyter import last_words
+
+        waiting: list[Future[Any]] = []
+        if self._farewell is not None:
+            waiting.append(self._farewell)
+        elif self._listener is not None:
+            waiting.append(last_words.instance().forget(self._listener))
+        for future in waiting:
+            for _ in range(200):
+                if future.done():
+                    break
+                await asyncio.sleep(0.01)
+        self._listener = self._farewell = None
+
+    # Facts
+
+    def resolve_path(self, path: str) -> str | None:
+        """The host's path of a file seen inside; None for what is not in a mounted folder."""
+        inside = os.path.normpath(os.path.join(self._cwd or "/", path))
+        best: tuple[str, str] | None = None
+        for source, target in self._mounts:
+            covers = inside == target or inside.startswith(target.rstrip("/") + "/")
+            if covers and (best is None or len(target) > len(best[1])):
+                best = source, target
+        if best is None:
+            return None
+        source, target = best
+        found = os.path.realpath(source + inside[len(target) :])
+        # a link in the folder may lead elsewhere: inside it names another file than on the host
+        if found != source and not found.startswith(source.rstrip("/") + "/"):
+            return None
+        return found if os.path.exists(found) else None
+
+    async def get_provisioner_info(self) -> dict[str, Any]:
+        """What another process needs to find the container again."""
+        info: dict[str, Any] = await super().get_provisioner_info()
+        return info | {"container": self._container.id if self._container else None, "image": self.image}
+
+    async def load_provisioner_info(self, provisioner_info: dict[str, Any]) -> None:
+        """Find the container again; its end can only be waited for by the process that started it."""
+        await super().load_provisioner_info(provisioner_info)
+        self.image = provisioner_info.get("image") or self.image
+        if provisioner_info.get("container"):
+            with suppress(NotFound):
+                self._container = shared.workbench(self.config, self.home).container(provisioner_info["container"])
