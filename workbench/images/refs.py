@@ -26,7 +26,8 @@ def split(text: str) -> tuple[str, str]:
     name, colon, tag = text.partition(":")
     if not colon:
         tag = DEFAULT_TAG
-    if len(name) > _LONGEST or not all(_PART.fullmatch(part) for part in name.split("/")):
+    # "sha256" is left to digests, whatever comes after the colon.
+    if len(name) > _LONGEST or name == "sha256" or not all(_PART.fullmatch(part) for part in name.split("/")):
         raise InvalidInput(
             "read an image's name",
             f"{text!r} is not one",
