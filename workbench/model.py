@@ -35,6 +35,7 @@ class WorkbenchError(Exception):
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> WorkbenchError:
+        """The error that ``as_dict`` wrote."""
         kinds = {kind.__name__: kind for kind in WorkbenchError.__subclasses__()}
         kind = kinds.get(data.get("error", ""), WorkbenchError)
         return kind(data.get("tried", ""), data.get("obstacle", ""), data.get("remedy", ""), data.get("exit_code", 1))
@@ -148,7 +149,7 @@ class Image:
     cmd: tuple[str, ...] = ()
     working_dir: str = "/"
     kernel: Kernel | None = None
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     created: str = ""
     labels: tuple[tuple[str, str], ...] = ()
 

@@ -37,11 +37,13 @@ class Workbench(LoggingConfigurable):
     ).tag(config=True)
     cpus = Float(0.0, help="The most processors that one container may use, such as 1.5. 0: no limit.").tag(config=True)
     network = Enum(
-        NETWORKS, "outbound", help="What containers reach: nothing (none), the outside (outbound), all that the host does."
+        NETWORKS,
+        "outbound",
+        help="What containers reach: nothing (none), the outside (outbound), all that the host does.",
     ).tag(config=True)
-    mounts = List(
-        Unicode(), help="Host folders or files that every container sees, each as SOURCE[:TARGET][:ro]."
-    ).tag(config=True)
+    mounts = List(Unicode(), help="Host folders or files that every container sees, each as SOURCE[:TARGET][:ro].").tag(
+        config=True
+    )
     offer_host_settings = Bool(
         True, help="Offer the host's CA bundle, proxies and pip, uv and apt index settings to containers and builds."
     ).tag(config=True)
@@ -145,9 +147,7 @@ class Workbench(LoggingConfigurable):
 
     def limits(self) -> Limits:
         """What the configuration grants to one container."""
-        return Limits(
-            parse_size(self.memory) if self.memory else None, self.processes or None, self.cpus or None
-        )
+        return Limits(parse_size(self.memory) if self.memory else None, self.processes or None, self.cpus or None)
 
     def create(
         self, image: str, *, argv: Sequence[str] | None = None, cwd: str | None, env: Mapping[str, str] | None = None,
@@ -257,7 +257,7 @@ class Workbench(LoggingConfigurable):
     def gc(self) -> dict[str, int]:
         """Remove what no name, container or running job needs: layers, blobs and bytes that went."""
         self.sweep()
-        return self.store.gc(lambda: [container.image_id for container in self.containers], self.refs)
+        return self.store.gc(container.image_id for container in self.containers)
 
     def check(self, repair: bool = False) -> list[Problem]:
         """Hold every file of the store against its digest; what is wrong, and with ``repair`` what was mended."""

@@ -55,6 +55,10 @@ class HelperClient:
         """Call ``tell`` once, from the reader thread, when the container ends (or the helper does)."""
         self._exits[container] = tell
 
+    def forget(self, container: str) -> None:
+        """It never started."""
+        self._exits.pop(container, None)
+
     def _ensure(self) -> None:
         if self._socket is not None and self._pid_of_owner == os.getpid():
             return

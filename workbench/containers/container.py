@@ -32,9 +32,9 @@ def new_id() -> str:
 class Container:
     """One container: a folder on disk, and a process while it runs."""
 
-    def __init__(self, folder: str, helper: HelperClient) -> None:
+    def __init__(self, folder: str, helper: HelperClient, name: str = "") -> None:
         self.folder = folder
-        self.id = os.path.basename(folder)
+        self.id = name or os.path.basename(folder)
         self._helper = helper
         self.pid = -1
         self.pidfd = -1
@@ -84,7 +84,8 @@ class Container:
         LaunchFailed. Costs 10 ms, more where the helper or the network library is not up yet.
         """
         started: Future[None] = Future()
-        self.exited = exited = Future()
+        exited: Future[Exit] = Future()
+        self.exited = exited
         self._helper.on_exit(self.id, lambda end: self._end(exited, end))
         own: list[int] = []
         if stdio is None:
@@ -101,6 +102,7 @@ class Container:
         def done(future: Future[Answer]) -> None:
             error = future.exception()
             if error is not None:
+                self._helper.forget(self.id)
                 started.set_exception(error)
                 self._end(exited, Exit(126, str(error)))
                 return
@@ -200,16 +202,17 @@ class Containers:
             "maker": [os.getpid(), start_time(os.getpid())],
         }  # fmt: skip
         state.lay_out(folder, known)
-        return Container(folder, self.helper)
+        return Container(folder, self.helper, spec.id)
 
     def run(self, spec: ContainerSpec, folder: str, stdio: Sequence[int] | None = None) -> Exit:
-        """Start a container in a folder of the caller's and wait for its end; the folder stays for the caller.
+        """Start a container in a folder of the caller's and wait for its end.
 
-        Ctrl-C kills it and is raised again.
+        The folder stays for the caller, who may run another over the same writable layer. Ctrl-C kills the
+        container and is raised again.
         """
         container = self.create(spec, image="", folder=folder)
-        container.start(stdio).result()
         try:
+            container.start(stdio).result()
             return container.exited.result()
         except BaseException:
             container.kill()
@@ -217,6 +220,7 @@ class Containers:
             raise
         finally:
             container._close()
+            state.remove_run_dir(container.run_dir)
 
     def __iter__(self) -> Iterator[Container]:
         """Each container, oldest name first; what is being removed or half made is passed over."""

@@ -93,7 +93,7 @@ def in_child(
         if filter_program:
             seccomp.load(filter_program)
         what = "start the init"
-        os.execve(4, ["init", "-g", "--", *argv], env)  # noqa: S606
+        os.execve(4, ["init", "-g", "--", *argv], env)
     except BaseException as error:
         if isinstance(error, FileNotFoundError) and what.startswith("find"):
             code = COMMAND_NOT_FOUND
@@ -129,20 +129,28 @@ def _find(command: str, path: str) -> None:
 
 
 def in_worker(
-    report: socket.socket, child: int, steps: Sequence[mounts.Mount], sources: dict[str, int],
-    contents: dict[str, bytes], hostname: str, terminal: bool, own_network: bool, prepare_network: Callable[[], None] | None,
-) -> NoReturn:  # fmt: skip
+    report: socket.socket,
+    child: int,
+    steps: Sequence[mounts.Mount],
+    *,
+    sources: dict[str, int],
+    contents: dict[str, bytes],
+    hostname: str,
+    terminal: bool,
+    loopback_up: Callable[[], None] | None,
+) -> NoReturn:
     """The worker: join the child's namespaces and lay the root out.
 
-    child: a pidfd; sources: host paths already opened as detached trees; contents: host files already read. Reports one line: empty when all is
-    well (with the terminal's master as a descriptor when one was asked for), else what failed. Never returns.
+    child: a pidfd; sources: host paths already opened as detached trees; contents: host files already read;
+    loopback_up: None where the network is the host's. Reports ``ok`` (with the terminal's master as a descriptor
+    when one was asked for), else what failed. Never returns.
     """
     what = "join the namespaces"
     try:
         # Ids first: what is not mapped may not make a file (EOVERFLOW), and nobody may look into us meanwhile.
         sc.prctl(sc.PR_SET_DUMPABLE, 0)
         kinds = NAMESPACES & ~sc.CLONE_NEWPID
-        if not own_network:
+        if loopback_up is None:
             kinds &= ~sc.CLONE_NEWNET
         sc.setns(child, kinds)
         # Only who is born into a pid namespace is a member of it, and only a member can mount its /proc.
@@ -156,9 +164,9 @@ def in_worker(
         os.umask(0o022)
         what = "set the host name"
         socket.sethostname(hostname)
-        if prepare_network:
+        if loopback_up:
             what = "bring up the loopback interface"
-            prepare_network()
+            loopback_up()
         what = "begin the mount namespace"
         root = mounts.begin()
         root.sources, root.contents = sources, contents

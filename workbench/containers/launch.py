@@ -161,11 +161,16 @@ class Launcher:
     def _fork_worker(self, running: Running, report: socket.socket, steps: Sequence[mounts.Mount]) -> int:
         worker = os.fork()
         if worker == 0:
-            own_network = running.spec.network != "host"
             enter.in_worker(
-                report, running.pidfd, steps, running.sources, running.contents, running.spec.hostname, running.spec.terminal,
-                own_network, network.loopback_up if own_network else None,
-            )  # fmt: skip
+                report,
+                running.pidfd,
+                steps,
+                sources=running.sources,
+                contents=running.contents,
+                hostname=running.spec.hostname,
+                terminal=running.spec.terminal,
+                loopback_up=network.loopback_up if running.spec.network != "host" else None,
+            )
         return worker
 
     def _open_sources(self, running: Running, steps: Sequence[mounts.Mount], run_dir: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from workbench.linux import mounts
@@ -58,7 +58,7 @@ class ContainerSpec:
     mounts: tuple[HostMount, ...] = ()
     hidden: tuple[str, ...] = ()
     texts: tuple[tuple[str, str], ...] = ()
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     network: Network = "outbound"
     terminal: bool = False
     profile: Profile = "default"
@@ -162,6 +162,7 @@ def plan(spec: ContainerSpec, *, writable: str, run_dir: str, id_kind: str) -> l
     points = [(path, True) for path in ("/proc", "/sys", "/dev", "/run", "/tmp")]
     points += [("/etc/hostname", False), ("/etc/hosts", False), ("/etc/resolv.conf", False)]
     points += [(b.path, b.directory) for b in binds if isinstance(b, mounts.Bind) and not _within(b.path, RUN)]
+    nosuid = sc.MS_NOSUID
     gid = ",gid=5" if id_kind != "single" else ""
     steps: list[mounts.Mount] = [
         mounts.Overlay(spec.layers, writable, tuple(points)),
@@ -169,7 +170,7 @@ def plan(spec: ContainerSpec, *, writable: str, run_dir: str, id_kind: str) -> l
         _sys(spec.network),
         mounts.FileSystem("tmpfs", "/dev", "mode=755,size=64k", sc.MS_NOSUID | sc.MS_NOEXEC),
         *(mounts.Bind(f"/dev/{name}", f"/dev/{name}", directory=False, device=True) for name in DEVICES),
-        mounts.FileSystem("devpts", "/dev/pts", f"newinstance,ptmxmode=0666,mode=0620{gid}", sc.MS_NOSUID | sc.MS_NOEXEC),
+        mounts.FileSystem("devpts", "/dev/pts", f"newinstance,ptmxmode=0666,mode=0620{gid}", nosuid | sc.MS_NOEXEC),
         mounts.FileSystem("tmpfs", "/dev/shm", "mode=1777"),
         mounts.FileSystem("mqueue", "/dev/mqueue"),
         mounts.Links("/dev", (

@@ -28,13 +28,12 @@ STATE = "state.json"
 
 
 def lay_out(folder: str, state: dict[str, Any]) -> None:
-    """Make a container's folder; it counts once its state is written."""
+    """Make a container's folder, or use one that is there; it counts once its state is written."""
     before = os.umask(0o022)
     try:
-        os.makedirs(folder, 0o700)
-        os.mkdir(os.path.join(folder, "writable"), 0o700)
-        for name in ("upper", "work"):
-            os.mkdir(os.path.join(folder, "writable", name), 0o755)  # upper's mode becomes that of /
+        for name, mode in (("", 0o700), ("writable", 0o700), ("writable/upper", 0o755), ("writable/work", 0o755)):
+            with suppress(FileExistsError):
+                os.mkdir(os.path.join(folder, name), mode)  # upper's mode becomes that of /
         state["run_dir"] = make_run_dir(state["id"])
     finally:
         os.umask(before)
@@ -71,9 +70,7 @@ def hold(folder: str) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
-        raise Conflict(
-            f"use container {os.path.basename(folder)}", "it is running", "stop it first"
-        ) from None
+        raise Conflict(f"use container {os.path.basename(folder)}", "it is running", "stop it first") from None
     return fd
 
 

@@ -147,9 +147,7 @@ def unshare(flags: int) -> None:
 
 def mount(source: str | None, target: str, fstype: str | None, flags: int = 0, data: str | None = None) -> None:
     """mount(2)."""
-    _check(
-        _libc.mount(_path(source), _path(target), _path(fstype), ctypes.c_ulong(flags), _path(data)), target
-    )
+    _check(_libc.mount(_path(source), _path(target), _path(fstype), ctypes.c_ulong(flags), _path(data)), target)
 
 
 def umount2(target: str, flags: int = 0) -> None:

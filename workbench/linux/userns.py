@@ -98,9 +98,9 @@ def _sub_ids(path: str, uid: int) -> tuple[int, int]:
         with open(path) as file:
             for line in file:
                 fields = line.strip().split(":")
-                if len(fields) == 3 and fields[0] in (name, str(uid)) and fields[2].isdigit():
-                    if int(fields[2]) > best[1]:
-                        best = (int(fields[1]), int(fields[2]))
+                granted = len(fields) == 3 and fields[0] in (name, str(uid)) and fields[2].isdigit()
+                if granted and int(fields[2]) > best[1]:
+                    best = (int(fields[1]), int(fields[2]))
     except FileNotFoundError:
         pass
     return best
@@ -109,8 +109,7 @@ def _sub_ids(path: str, uid: int) -> tuple[int, int]:
 # What a fresh interpreter does first: find the package, enter B if there is one, call the function.
 # -I -S keep the environment, the user's site and site-packages' start-up code out; packages are added by path.
 _BOOTSTRAP = (
-    "import sys; sys.path[:0] = sys.argv[1].split(':'); "
-    "from workbench.linux import userns; userns._main(*sys.argv[2:])"
+    "import sys; sys.path[:0] = sys.argv[1].split(':'); from workbench.linux import userns; userns._main(*sys.argv[2:])"
 )
 
 
