@@ -56,7 +56,7 @@ def _told(method: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[Non
     return wrapper
 
 
-class _Handler(APIHandler):  # type: ignore[misc]
+class _Handler(APIHandler):
     """What all routes share."""
 
     auth_resource = "workbench"
@@ -73,7 +73,8 @@ class _Handler(APIHandler):  # type: ignore[misc]
         kernel = labels.get("kernel", "")
         if not kernel or kernel not in self.kernel_manager:
             return False
-        await ensure_async(self.kernel_manager.shutdown_kernel(kernel))
+        manager: Any = self.kernel_manager
+        await ensure_async(manager.shutdown_kernel(kernel))
         return True
 
     def answer(self, value: Any, status: HTTPStatus = HTTPStatus.OK) -> None:

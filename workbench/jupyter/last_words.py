@@ -68,7 +68,12 @@ class LastWords:
     def forget(self, listener: Listener) -> Future[None]:
         """The kernel ends as it should. Done when its socket is closed."""
         done: Future[None] = Future()
-        self._order(lambda: done.set_result(self._forget(listener)))
+
+        def order() -> None:
+            self._forget(listener)
+            done.set_result(None)
+
+        self._order(order)
         return done
 
     def say(self, listener: Listener, text: str) -> Future[int]:

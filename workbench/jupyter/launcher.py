@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.jupyter import connection
 from workbench.jupyter.relay import Relay
-from workbench.model import InvalidInput, LaunchFailed, WorkbenchError
+from workbench.model import Exit, InvalidInput, LaunchFailed, WorkbenchError
 
 if TYPE_CHECKING:
     from workbench.containers.container import Container
@@ -89,7 +89,7 @@ class _Launcher:
                 break
         if container_exit is None or not container_exit.done():
             return self._kill(container, started)
-        ended = container_exit.result()
+        ended: Exit = container_exit.result()
         relay.kernel_gone()
         self._let_out(relay)
         if ended.reason:

@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from jupyter_client.connect import KernelConnectionInfo
-from jupyter_client.provisioning import KernelProvisionerBase
+from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 from traitlets import Unicode
 
 from workbench.jupyter import connection, shared
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from workbench.workbench import Workbench
 
 
-class WorkbenchProvisioner(KernelProvisionerBase):  # type: ignore[misc]
+class WorkbenchProvisioner(KernelProvisionerBase):
     """One kernel in one container."""
 
     image = Unicode("", config=True, help="The image: a name, or its ID.")

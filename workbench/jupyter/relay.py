@@ -107,8 +107,8 @@ def _unlinked_file(folder: str | None) -> BinaryIO:
     for place in (folder, "/var/tmp", None):
         if place is None or os.path.isdir(place):
             with contextlib.suppress(OSError):
-                return tempfile.TemporaryFile(dir=place, buffering=0)  # type: ignore[return-value]
-    return tempfile.TemporaryFile(buffering=0)  # type: ignore[return-value]
+                return tempfile.TemporaryFile(dir=place, buffering=0)
+    return tempfile.TemporaryFile(buffering=0)
 
 
 @dataclass(eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from workbench.model import InvalidInput
@@ -17,7 +18,7 @@ _CONFIG_NAME = "jupyter_workbench_config"
 _known: dict[tuple[int, str], Workbench] = {}
 
 
-def workbench(config: Config | None = None, home: str = "") -> Workbench:
+def workbench(config: Mapping[str, Any] | None = None, home: str = "") -> Workbench:
     """The Workbench for this configuration; made when first asked for.
 
     config: the application's, which goes over ``jupyter_workbench_config.{py,json}``. home: from a kernelspec.
