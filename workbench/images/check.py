@@ -1,6 +1,6 @@
 """What can be wrong with a store, found in the order in which one thing stands on another.
 
-Staging, blobs, layers, images, names, build cache: a repair may take away what later ones stand on, and they
+Staging, blobs, layers, images, names: a repair may take away what later ones stand on, and they
 are judged after it. What is damaged is taken away, since only then it can be built or pulled again.
 """
 
@@ -53,7 +53,6 @@ class _Check:
         self.trees()
         self.complete()
         self.names()
-        self.cache()
         return self.problems
 
     def found(self, what: str, obstacle: str, lost: str = "") -> bool:
@@ -143,10 +142,3 @@ class _Check:
         """Whether an image is not usable; one that came while we looked is."""
         blob = os.path.join(self.home, "blobs", "sha256", image_id[7:])
         return image_id in self.broken or (image_id not in self.images and not os.path.exists(blob))
-
-    def cache(self) -> None:
-        for image_id, paths in self.store.cached().items():
-            if self.gone(image_id) and self.found(f"build cache of {image_id[:19]}", "the image is not here"):
-                for path in paths:
-                    with suppress(FileNotFoundError):
-                        os.unlink(path)

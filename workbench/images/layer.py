@@ -274,7 +274,7 @@ class _Sink:
 
     def __init__(self, path: str | None) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._fd = os.open(path, flags, 0o600) if path else -1
+        self._path, self._fd, self._done = path, os.open(path, flags, 0o600) if path else -1, False
         self._hash = hashlib.sha256()
         self._buffer = bytearray()
         self.size = 0
@@ -307,11 +307,15 @@ class _Sink:
         self._flush()
         if self._fd >= 0:
             os.fsync(self._fd)
+        self._done = True
         return {"diff_id": "sha256:" + self._hash.hexdigest(), "size": self.size}
 
     def close(self) -> None:
-        if self._fd >= 0:
+        """Close the file; one that was not finished goes."""
+        if self._path is not None:
             os.close(self._fd)
+            if not self._done:
+                os.unlink(self._path)
 
 
 def pack(tree: str, out_path: str | None = None, clamp: int | None = None) -> dict[str, Any]:

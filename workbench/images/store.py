@@ -39,11 +39,16 @@ _LEASE = ".lease"
 class Lease:
     """Digests that gc keeps while this is held; it dies with its process."""
 
-    def __init__(self, path: str, fd: int) -> None:
-        self._path, self._fd = path, fd
+    def __init__(self, fd: int, lock: str) -> None:
+        self._fd, self._lock = fd, lock
 
     def add(self, digest: str) -> None:
-        """Keep a layer, or an image with its layers."""
+        """Keep a layer, or an image with its layers. Look whether it is there only after this."""
+        with files.locked(self._lock, exclusive=False):
+            self.note(digest)
+
+    def note(self, digest: str) -> None:
+        """``add`` for one who holds the store's lock."""
         os.write(self._fd, f"{digest}\n".encode())
 
 
@@ -78,7 +83,7 @@ class Store:
                     self.home.chmod(0o700)
                 for name in _FOLDERS:
                     (self.home / name).mkdir(mode=0o700, exist_ok=True)
-            except (PermissionError, FileExistsError, NotADirectoryError) as error:
+            except (PermissionError, FileExistsError, FileNotFoundError, NotADirectoryError) as error:
                 raise HostLacks(
                     tried, f"{self.home}: {error.strerror}", "set WORKBENCH_HOME to a folder of yours"
                 ) from None
@@ -271,9 +276,9 @@ class Store:
         """
         with files.locked(self._blobs, exclusive=False):
             path, fd = files.claim(self._tmp, f"{os.urandom(8).hex()}{_LEASE}", folder=False)
-            held = Lease(path, fd)
+            held = Lease(fd, self._blobs)
             for digest in digests:
-                held.add(digest)
+                held.note(digest)
             with self._guard:
                 self._leases.append(held)
         try:
@@ -286,7 +291,7 @@ class Store:
     def _note(self, digest: str) -> None:
         with self._guard:
             for held in self._leases:
-                held.add(digest)
+                held.note(digest)
 
     def leased(self) -> set[str]:
         """The digests under the leases of all living processes."""
@@ -313,23 +318,14 @@ class Store:
             wanted = self.leased()
             wanted.update(in_use)
             wanted.update(Refs(self.home).all().values())
-            images = {image.id: image for image in self.images()}
-            kept = {image_id for image_id in images if image_id in wanted}
-            needed = wanted | {diff_id for image_id in kept for diff_id in images[image_id].diff_ids}
-            # A build's step costs only a config while its layers are needed anyway.
-            cached = self.cached()
-            kept |= {i for i in cached if i in images and needed.issuperset(images[i].diff_ids)}
+            needed = wanted | {diff_id for image in self.images() if image.id in wanted for diff_id in image.diff_ids}
             for digest in self.blobs():
-                if digest not in kept and digest not in wanted:
+                if digest not in wanted:
                     path = self._blob(digest)
                     done["blobs"] += 1
                     done["bytes"] += os.path.getsize(path)
                     os.unlink(path)
             files.sync_folder(os.path.join(self._blobs, "sha256"))
-            for image_id, paths in cached.items():
-                if image_id not in kept and image_id not in wanted:
-                    for path in paths:
-                        os.unlink(path)
             for diff_id in self.layers():
                 if diff_id not in needed:
                     done["layers"] += 1
@@ -348,17 +344,6 @@ class Store:
         for suffix in (".json", ".owners", ".record"):
             with suppress(FileNotFoundError):
                 os.unlink(path + suffix)
-
-    def cached(self) -> dict[str, list[str]]:
-        """The image IDs that the build cache knows, and the files that say so."""
-        found: dict[str, list[str]] = {}
-        for folder, _, names in os.walk(self.home / "cache"):
-            for name in names:
-                path = os.path.join(folder, name)
-                text = (_read(path, 100) or b"").decode("ascii", "replace").strip()
-                if config.DIGEST.fullmatch(text):
-                    found.setdefault(text, []).append(path)
-        return found
 
     # -- check ---------------------------------------------------------------------------------------------
 
