@@ -48,7 +48,7 @@ def main(argv: Sequence[str], kernelspecs: Callable[[], Kernelspecs]) -> int:
         if debug:
             raise
         print(f"jupyter workbench: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except OSError as error:
         if debug:
             raise
