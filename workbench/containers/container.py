@@ -173,6 +173,7 @@ class Container:
     def remove(self) -> None:
         """Remove it with its changes. Raises Conflict while it runs."""
         self._close()
+        state.load(self.folder)
         os.close(state.hold(self.folder))
         userns.call("workbench.containers.state:remove", self.folder)
 

@@ -75,7 +75,8 @@ def in_child(
         what = f"find the command {argv[0]!r}"
         _find(argv[0], env.get("PATH", ""))
         what = "drop rights"
-        for number in (signal.SIGPIPE, signal.SIGINT, signal.SIGXFSZ):
+        # What the helper or Python ignores would stay ignored through exec.
+        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         # The barrier becomes fd 3 and the init fd 4, both closing on exec; nothing else crosses.

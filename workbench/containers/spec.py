@@ -110,8 +110,9 @@ def working_folder(folder: str, *, homes: Iterable[str], private: Iterable[str])
     folder = os.path.realpath(folder)
     if folder == "/":
         return [], []
-    hidden = [path for path in map(os.path.realpath, private) if _within(path, folder)]
-    if any(_within(folder, path) for path in map(os.path.realpath, private)):
+    closed = [os.path.realpath(path) for path in private]
+    hidden = [path for path in closed if _within(path, folder)]
+    if any(_within(folder, path) for path in closed):
         raise InvalidInput(
             "mount the working folder", f"{folder} belongs to Workbench or Jupyter itself", "work in another folder"
         )
