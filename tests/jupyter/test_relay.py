@@ -186,7 +186,7 @@ def test_no_descriptor_stays(running: Running) -> None:
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     backlog = Backlog(memory=10)
     backlog.push(memoryview(b"0123456789"))
-    backlog._file = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115
+    backlog._file = open("/dev/full", "r+b", buffering=0)
     with pytest.raises(OSError, match="No space"):
         backlog.push(memoryview(b"abc"))
     one, other = socket.socketpair()

@@ -4,6 +4,10 @@ Clients built on jupyter_client honour the provisioner and never come here. The 
 Zed, Positron, emacs-jupyter) know a process, a connection file with TCP ports, and signals; so this process
 stands for the kernel: it listens where the file says, joins each connection to the kernel's Unix socket in the
 container, passes an interrupt on once, and neither it nor the container outlives the client.
+
+Two processes: the one that the client has started only takes signals and hands on the exit code; the one that
+works is no child of it. For VS Code interrupts *every descendant* of what it started, and then that: a kernel
+below it would be interrupted directly, by way of its init and by us, the second time while it shows the first.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from workbench.workbench import Workbench
 
 #: Interrupts closer to each other than this (seconds) are one: clients signal descendants, then the launcher.
-DEBOUNCE = 0.1
+DEBOUNCE = 0.3
 #: Seconds in which a client must take something of what a dead kernel has said, or it is given up.
 PATIENCE = 2.0
 _LOOPBACK = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
@@ -35,33 +39,91 @@ _LOOPBACK = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
 
 def main(argv: list[str] | None = None) -> int:
     """Run one kernel for the client that started this process; the exit code is the kernel's."""
-    # A client's Ctrl-C while this is still starting must not print a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A client's Ctrl-C while this is still starting must not print a traceback. Not SIG_IGN: what is executed
+    # from here on, the kernel at the end, would inherit it.
+    signal.signal(signal.SIGINT, lambda _number, _frame: None)
     words = sys.argv[1:] if argv is None else argv
+    try:
+        client = _pidfd_of_parent()
+        link = _detach()
+        if isinstance(link, _StandIn):
+            return link.run()
+    except WorkbenchError as error:
+        return _refuse(error)
+    code = 1
+    try:
+        code = _work(words, client, link)
+    finally:
+        with contextlib.suppress(OSError):
+            link.sendall(str(code).encode())
+    return code
+
+
+def _work(words: list[str], client: int, link: socket.socket) -> int:
     try:
         if len(words) != 2:
             raise InvalidInput(
                 "start a kernel", f"{len(words)} arguments", "usage: workbench-kernel IMAGE CONNECTION_FILE"
             )
-        with contextlib.closing(_Launcher(words[0], words[1])) as launcher:
+        with contextlib.closing(_Launcher(words[0], words[1], client, link)) as launcher:
             return launcher.run()
     except WorkbenchError as error:
-        print(f"workbench-kernel: {error}", file=sys.stderr)
-        return 1
+        return _refuse(error)
+
+
+def _refuse(error: WorkbenchError) -> int:
+    print(f"workbench-kernel: {error}", file=sys.stderr, flush=True)
+    return 1
+
+
+class _StandIn:
+    """The process that the client knows: signals go to the one that works, its exit code comes back.
+
+    Should this one be killed, the end of the stream tells the other.
+    """
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+
+    def run(self) -> int:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._pass_on)
+        said = b""
+        while part := self._link.recv(16):
+            said += part
+        return int(said) if said else 1
+
+    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        with contextlib.suppress(OSError):
+            self._link.send(bytes([number]), socket.MSG_DONTWAIT)
+
+
+def _detach() -> socket.socket | _StandIn:
+    """Go on in a process that is no descendant of this one, and in a session of its own."""
+    theirs, ours = socket.socketpair()
+    child = os.fork()
+    if child:
+        ours.close()
+        os.waitpid(child, 0)
+        return _StandIn(theirs)
+    if os.fork():
+        os._exit(0)
+    theirs.close()
+    os.setsid()
+    return ours
 
 
 class _Launcher:
     """One kernel, from the connection file to its exit."""
 
-    def __init__(self, ref: str, connection_file: str) -> None:
-        self._ref = ref
+    def __init__(self, ref: str, connection_file: str, client: int, link: socket.socket) -> None:
+        self._ref, self._client, self._link = ref, client, link
         self._pending: list[int] = []
         self._interrupted = float("-inf")
         self._ended_by = 0
         self._container: Container | None = None
         self._workbench: Workbench | None = None
         self._run_dir = -1
-        self._client = _pidfd_of_parent()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._file = connection.read(connection_file)
         # Before the container exists: clients look for open ports to see whether a kernel comes up.
@@ -70,9 +132,6 @@ class _Launcher:
 
     def run(self) -> int:
         """Start the container, carry bytes until the kernel exits or the client goes; the exit code."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
-        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         container = self._create()
         relay = self._relay
         assert relay is not None
@@ -148,6 +207,7 @@ class _Launcher:
         self._run_dir = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._relay = relay = Relay(self._listeners, self._run_dir)
         relay.watch(self._wake_read, self._on_wake)
+        relay.watch(self._link.fileno(), self._on_signals)
         if self._client >= 0:
             relay.watch(self._client, self._on_client_gone)
         return container
@@ -179,8 +239,9 @@ class _Launcher:
 
     # -- events ----------------------------------------------
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self._pending.append(number)
+    def _on_signals(self, _events: int) -> None:
+        # no bytes: the process that the client started was killed
+        self._pending += self._link.recv(512) or bytes([signal.SIGKILL])
 
     def _wake(self, _future: Future[Any]) -> None:
         with contextlib.suppress(BlockingIOError, OSError):
