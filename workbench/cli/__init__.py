@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from workbench.model import WorkbenchError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from workbench.model import Image
 
 
@@ -37,13 +38,22 @@ def main(argv: Sequence[str], kernelspecs: Callable[[], Kernelspecs]) -> int:
     try:
         parsed = options.parse(argv)
         debug = parsed.debug
-        if parsed.plain and not options.config_files():
-            from workbench.cli.commands import execute
+        helper = None
+        if parsed.name == "run":
+            from workbench.cli import early
 
-            return execute(parsed, kernelspecs)
-        from workbench.cli.app import launch
+            helper = early.helper(parsed.values.network or "outbound")
+        try:
+            if parsed.plain and not options.config_files():
+                from workbench.cli.commands import execute
 
-        return launch(parsed, kernelspecs)
+                return execute(parsed, kernelspecs, helper=helper)
+            from workbench.cli.app import launch
+
+            return launch(parsed, kernelspecs, helper)
+        finally:
+            if helper is not None:
+                helper.close()
     except WorkbenchError as error:
         if debug:
             raise

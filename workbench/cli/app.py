@@ -14,6 +14,7 @@ from workbench import __version__
 from workbench.cli import Kernelspecs
 from workbench.cli.commands import execute
 from workbench.cli.options import CONFIG_NAME, Parsed
+from workbench.containers.client import HelperClient
 from workbench.model import InvalidInput
 from workbench.workbench import Workbench
 
@@ -51,7 +52,7 @@ class WorkbenchApp(JupyterApp):
         self.update_config(from_command_line)
 
 
-def launch(parsed: Parsed, kernelspecs: Callable[[], Kernelspecs]) -> int:
+def launch(parsed: Parsed, kernelspecs: Callable[[], Kernelspecs], helper: HelperClient | None = None) -> int:
     """Execute a command with all of the configuration; its exit code."""
     app: Any = WorkbenchApp.instance()
     if getattr(parsed.values, "help_all", False):
@@ -62,4 +63,4 @@ def launch(parsed: Parsed, kernelspecs: Callable[[], Kernelspecs]) -> int:
         app.write_default_config()
         return 0
     app.set_up(parsed)
-    return execute(parsed, kernelspecs, parent=app)
+    return execute(parsed, kernelspecs, helper=helper, parent=app)

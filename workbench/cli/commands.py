@@ -17,13 +17,17 @@ from workbench.model import WorkbenchError, format_size
 if TYPE_CHECKING:
     from workbench.cli import Kernelspecs
     from workbench.cli.options import Parsed
+    from workbench.containers.client import HelperClient
     from workbench.workbench import Workbench
 
 Get = Callable[[], "Kernelspecs"]
 
 
-def execute(parsed: Parsed, kernelspecs: Get, parent: Any = None) -> int:
-    """Run a command with a Workbench of its own, which ends with it; the exit code."""
+def execute(parsed: Parsed, kernelspecs: Get, *, helper: HelperClient | None = None, parent: Any = None) -> int:
+    """Run a command with a Workbench of its own, which ends with it; the exit code.
+
+    helper: one that was started ahead. parent: the application whose configuration counts.
+    """
     from traitlets import TraitError
 
     from workbench.cli.options import COMMANDS
@@ -36,6 +40,8 @@ def execute(parsed: Parsed, kernelspecs: Get, parent: Any = None) -> int:
     except TraitError as error:
         show.error(f"read the configuration: {error}")
         return 2
+    if helper is not None:
+        bench.containers.helper = helper
     try:
         return int(command(bench, parsed.values, kernelspecs))
     finally:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -214,6 +213,12 @@ def _overview() -> argparse.ArgumentParser:
     return parser
 
 
+def _nearest(word: str, known: Iterable[str]) -> str:
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word, list(known), 1)), "")
+
+
 def parse(argv: Sequence[str]) -> Parsed:
     """Read a command line. Exits by itself for ``--help`` (0) and for a wrong option (2)."""
     if argv and not argv[0].startswith("-"):
@@ -221,8 +226,8 @@ def parse(argv: Sequence[str]) -> Parsed:
         if name == "help":
             parse([*rest[:1], "--help"])
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, 1)
-            hint = f"did you mean `{PROG} {near[0]}`?" if near else f"see `{PROG} --help`"
+            near = _nearest(name, COMMANDS)
+            hint = f"did you mean `{PROG} {near}`?" if near else f"see `{PROG} --help`"
             print(f"{PROG}: there is no command {name!r}; {hint}", file=sys.stderr)
             sys.exit(2)
         parser = parser_of(name)
@@ -236,8 +241,8 @@ def parse(argv: Sequence[str]) -> Parsed:
     wrong = [word for word in unknown if word not in settings]
     if wrong:
         options = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(wrong[0].split("=")[0], options, 1)
-        parser.error(f"{wrong[0]!r} is not understood" + (f", did you mean {near[0]}?" if near else ""))
+        near = _nearest(wrong[0].split("=")[0], options)
+        parser.error(f"{wrong[0]!r} is not understood" + (f", did you mean {near}?" if near else ""))
     if not name and not (values.generate_config or values.help_all):
         parser.error("name a command")
     return Parsed(name, values, settings)
