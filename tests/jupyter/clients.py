@@ -58,6 +58,27 @@ def connection(folder: Path, *, transport: str = "tcp", curve: bool = False, **m
     return path
 
 
+def descendants(pids: list[int]) -> list[int]:
+    """Every process below these, deepest first."""
+    children: dict[int, list[int]] = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            stat = Path("/proc", name, "stat").read_text()
+            children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(name))
+    found, todo = [], list(pids)
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found[::-1]
+
+
+def family(before: set[int]) -> list[int]:
+    """Every process of this test session that was not there before, and what is below it."""
+    own = [pid for pid in our_processes() if pid not in before]
+    return sorted({*own, *descendants(own)})
+
+
 class Argv:
     """A kernel started by its argv."""
 
@@ -77,7 +98,7 @@ class Argv:
 
     def family(self) -> list[int]:
         """Every process that came with it, also those that are no descendants."""
-        return [pid for pid in our_processes() if pid not in self._before]
+        return family(self._before)
 
     def connect(self, timeout: float = 60) -> BlockingKernelClient:
         """Connect as soon as somebody listens and wait for the kernel."""
@@ -94,18 +115,8 @@ class Argv:
                     raise
 
     def descendants(self) -> list[int]:
-        """Every process below the launcher that can be seen, deepest first."""
-        children: dict[int, list[int]] = {}
-        for name in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError):
-                stat = Path("/proc", name, "stat").read_text()
-                children.setdefault(int(stat.rpartition(")")[2].split()[1]), []).append(int(name))
-        found, todo = [], [self.process.pid]
-        while todo:
-            below = children.get(todo.pop(), [])
-            found += below
-            todo += below
-        return found[::-1]
+        """Every process below the one that was started, deepest first: what a client can find."""
+        return descendants([self.process.pid])
 
     def end(self) -> tuple[int, str]:
         """Wait for its end: exit code and stderr."""

@@ -18,6 +18,7 @@ from tests.jupyter.clients import (
     Argv,
     argv_kernel,
     connection,
+    family,
     gone,
     interrupt_message,
     run,
@@ -209,7 +210,7 @@ def test_a_killed_client_takes_everything_along(tmp_path: Path) -> None:
     view.process = client
     kernel = view.connect()
     assert run(kernel, "1 + 1").text == "2"
-    everything = [pid for pid in our_processes() if pid not in before]
+    everything = family(before)
     assert launcher in everything
     kernel.stop_channels()
     client.kill()
