@@ -32,8 +32,9 @@ def new_id() -> str:
 class Container:
     """One container: a folder on disk, and a process while it runs."""
 
-    def __init__(self, folder: str, helper: HelperClient, name: str = "") -> None:
+    def __init__(self, folder: str, helper: HelperClient, name: str = "", held: int = -1) -> None:
         self.folder = folder
+        self.held = held  # the lock of its run folder
         self.id = name or os.path.basename(folder)
         self._helper = helper
         self.pid = -1
@@ -108,7 +109,9 @@ class Container:
                 return
             value, fds = future.result()
             with self._over:
-                self._close()
+                for fd in (self.pidfd, self.terminal):  # of the run before
+                    if fd >= 0:
+                        os.close(fd)
                 self.pid, self.pidfd = value["pid"], fds[0]
                 self.terminal = fds[1] if len(fds) > 1 else -1
             started.set_result(None)
@@ -133,11 +136,12 @@ class Container:
 
     def settle(self) -> bool:
         """After its end: True when it stays, stopped, with its changes; False when it is gone."""
-        self._close()
         try:
             value, _ = self._helper.request("settle", folder=self.folder).result()
         except NotFound:
             return False
+        finally:
+            self._close()
         return bool(value["kept"])
 
     def stop(self, timeout: float = 10.0) -> None:
@@ -178,7 +182,7 @@ class Container:
         userns.call("workbench.containers.state:remove", self.folder)
 
     def _close(self) -> None:
-        for name in ("pidfd", "terminal"):
+        for name in ("pidfd", "terminal", "held"):
             if getattr(self, name) >= 0:
                 os.close(getattr(self, name))
                 setattr(self, name, -1)
@@ -202,8 +206,8 @@ class Containers:
             "status": "created", "pid": None, "exit": None, "labels": dict(labels or {}), "spec": spec.to_json(),
             "maker": [os.getpid(), start_time(os.getpid())],
         }  # fmt: skip
-        state.lay_out(folder, known)
-        return Container(folder, self.helper, spec.id)
+        held = state.lay_out(folder, known)
+        return Container(folder, self.helper, spec.id, held)
 
     def run(self, spec: ContainerSpec, folder: str, stdio: Sequence[int] | None = None) -> Exit:
         """Start a container in a folder of the caller's and wait for its end.
@@ -220,8 +224,8 @@ class Containers:
             container.exited.result()
             raise
         finally:
-            container._close()
             state.remove_run_dir(container.run_dir)
+            container._close()
 
     def __iter__(self) -> Iterator[Container]:
         """Each container, oldest name first; what is being removed or half made is passed over."""
@@ -247,10 +251,11 @@ class Containers:
     def sweep(self) -> list[str]:
         """Tidy up after launchers that were killed together with their helper; ids of what was found.
 
-        Containers that were laid out and never started, or ended without a word, are settled; half removed ones
-        are removed.
+        Containers that were laid out and never started, or ended without a word, are settled; half made and half
+        removed ones are removed.
         """
         swept = []
+        state.sweep_run_dirs()
         try:
             names = os.listdir(self.folder)
         except FileNotFoundError:
@@ -274,12 +279,8 @@ class Containers:
             known = state.load(folder)
         except NotFound:
             return time.time() - os.stat(folder).st_mtime > 60 if os.path.isdir(folder) else False
-        if known["status"] == "running":
-            return True
-        if known["status"] == "exited":
-            return False
-        # Created, not started: somebody may be about to. Its maker's process says whether.
-        return not _alive(known.get("maker"))
+        # One that was settled has no maker any more; others wait for theirs, as long as that lives.
+        return bool(known.get("maker")) and not _alive(known["maker"])
 
     def close(self) -> None:
         """End the helper, and with it what it runs."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from workbench.containers import launch, state
 from workbench.linux.userns import HostIds
-from workbench.model import Exit, WorkbenchError
+from workbench.model import Exit, NotFound, WorkbenchError
 
 MESSAGE = 1 << 16
 DESCRIPTORS = 8
@@ -31,6 +31,7 @@ class Helper:
         self.client = client
         self.launcher = launch.Launcher(ids)
         self.running: dict[int, launch.Running] = {}  # by pidfd
+        self.unsettled: dict[str, None] = {}  # folders of what was started, in order
         self.poll = select.poll()
         self.poll.register(client, select.POLLIN)
 
@@ -77,6 +78,7 @@ class Helper:
 
     def do_start(self, message: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Start the container whose folder is named; answers its pid, its pidfd and its terminal, if it has one."""
+        self.unsettled[message["folder"]] = None
         running = self.launcher.start(message["folder"], fds)
         self.running[running.pidfd] = running
         self.poll.register(running.pidfd, select.POLLIN)
@@ -85,6 +87,7 @@ class Helper:
 
     def do_settle(self, message: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """After the end: keep what was changed, remove what was not."""
+        self.unsettled.pop(message["folder"], None)
         return {"kept": state.settle(message["folder"])}, []
 
     def do_warm(self, message: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
@@ -111,7 +114,9 @@ class Helper:
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             self.running.pop(pidfd)
             self.launcher.finish(running, gone)
-            state.settle(running.folder)
+        for folder in self.unsettled:
+            with suppress(NotFound):  # removed meanwhile
+                state.settle(folder)
         self.launcher.close()
 
 

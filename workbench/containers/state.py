@@ -27,17 +27,18 @@ from workbench.model import NOT_ENVIRONMENT, Conflict, NotFound
 STATE = "state.json"
 
 
-def lay_out(folder: str, state: dict[str, Any]) -> None:
-    """Make a container's folder, or use one that is there; it counts once its state is written."""
-    before = os.umask(0o022)
-    try:
-        for name, mode in (("", 0o700), ("writable", 0o700), ("writable/upper", 0o755), ("writable/work", 0o755)):
-            with suppress(FileExistsError):
-                os.mkdir(os.path.join(folder, name), mode)  # upper's mode becomes that of /
-        state["run_dir"] = make_run_dir(state["id"])
-    finally:
-        os.umask(before)
+def lay_out(folder: str, state: dict[str, Any]) -> int:
+    """Make a container's folder, or use one that is there; it counts once its state is written.
+
+    Returns a descriptor that holds its run folder for as long as it is open.
+    """
+    for name in ("", "writable", "writable/upper", "writable/work"):
+        with suppress(FileExistsError):
+            os.mkdir(os.path.join(folder, name), 0o700)
+    os.chmod(os.path.join(folder, "writable/upper"), 0o755)  # its mode becomes that of /
+    state["run_dir"], held = make_run_dir(state["id"])
     save(folder, state)
+    return held
 
 
 def load(folder: str) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def settle(folder: str) -> bool:
         return False
     _empty(os.path.join(upper, "tmp"))
     remove_run_dir(state["run_dir"])
-    save(folder, state | {"status": "exited"}, durable=True)
+    save(folder, state | {"status": "exited", "maker": None}, durable=True)
     return True
 
 
@@ -136,16 +137,38 @@ def run_base() -> str:
     return base
 
 
-def make_run_dir(name: str) -> str:
-    """A container's folder for sockets, open to its user only."""
+def make_run_dir(name: str) -> tuple[str, int]:
+    """A container's folder for sockets, open to its user only; and a descriptor whose lock says that it is in use."""
     while True:
         path = os.path.join(run_base(), name)
         try:
             os.mkdir(path, 0o700)
             os.mkdir(os.path.join(path, "host"), 0o700)
-            return path
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:  # the last container that ended just took the folder above along
             continue
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.path.exists(path):  # a sweep may have been quicker than the lock
+            return path, fd
+        os.close(fd)
+
+
+def sweep_run_dirs() -> None:
+    """Remove run folders that no process holds: their launchers were killed."""
+    base = run_base()
+    for name in os.listdir(base):
+        path = os.path.join(base, name)
+        if len(name) != 12:
+            continue
+        with suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+            finally:
+                os.close(fd)
+    with suppress(OSError):
+        os.rmdir(base)
 
 
 def remove_run_dir(run_dir: str) -> None:

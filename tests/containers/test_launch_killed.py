@@ -1,0 +1,49 @@
+"""A launch that is killed at any point leaves nothing: the next one, or any listing, tidies up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+LAUNCH = """
+import sys
+from workbench.workbench import Workbench
+wb = Workbench()
+if {warm}:
+    wb.containers.helper.request("warm").result()
+    print(wb.containers.helper._process.pid, flush=True)
+else:
+    print(0, flush=True)
+c = wb.create({image!r}, argv=["sleep", "1000"], cwd=None)
+c.start().result()
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("milliseconds", [0, 1, 2, 4, 7, 11, 16, 25, 40, 80])
+@pytest.mark.parametrize("who", ["client", "helper", "both"])
+def test_kill_9_at_any_point_leaves_nothing(workbench, image, who, milliseconds):
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH.format(image=image, warm=who != "client" or milliseconds % 2)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    helper = int(process.stdout.readline())
+    time.sleep(milliseconds / 1000)
+    if who != "client":
+        os.kill(helper, signal.SIGKILL)
+    if who != "helper":
+        process.kill()
+    process.stdin.close()
+    process.wait()
+    # A helper that lives tidies up by itself; what was killed with it waits for the next look.
+    until = time.monotonic() + 5
+    while workbench.ps(every=True):
+        workbench.sweep()
+        assert time.monotonic() < until, workbench.ps(every=True)
+        time.sleep(0.05)
+    workbench.sweep()
