@@ -82,6 +82,8 @@ def test_an_image_of_others() -> None:
     [b"", b"{", b"[]", b"\xff", b'{"os":"linux"}',
      b'{"os":"linux","architecture":"a","rootfs":{"type":"layers","diff_ids":["sha256:12"]}}',
      b'{"os":"linux","architecture":"a","rootfs":{"type":"layers","diff_ids":["../../x"]}}',
+     b'{"os":"linux","architecture":"a","rootfs":{"type":"layers","diff_ids":["../sha256:' + b"a" * 64 + b'"]}}',
+     b'{"os":"linux","architecture":"a","rootfs":{"type":"layers","diff_ids":["sha256:' + b"a" * 64 + b'\\n"]}}',
      b'{"os":"linux","architecture":"a","rootfs":{"type":"layers","diff_ids":[]},"config":{"Env":[1]}}'],
 )  # fmt: skip
 def test_what_is_no_config(data: bytes) -> None:

@@ -248,6 +248,34 @@ def test_the_order_of_making_and_the_umask_do_not_matter(place: Path) -> None:
     assert len(digests) == 1 and len({_digest(place / f"{n}.tar") for n in range(3)}) == 1
 
 
+def test_the_order_in_a_tar(place: Path) -> None:
+    """A folder, its whiteouts, its other files, then its folders, each sorted by bytes; not as the disk lists them."""
+    folders = sorted(random.Random(1).sample(range(10000), 30), key=str)
+    members = [member(f"{n}/f{n + m}", data=b"x") for n in reversed(folders) for m in (3, 1, 2)]
+    members += [member(f"{folders[0]}/.wh.{n}") for n in (30, 10, 20)] + [member(f"{folders[0]}/.wh..wh..opq")]
+    call("apply", make_tar(place / "x.tar", *members), place / "t")
+    call("pack", place / "t", place / "y.tar")
+    first = [".wh..wh..opq", ".wh.10", ".wh.20", ".wh.30"]
+    expected = ["."]
+    for n in folders:
+        inside = (first if n == folders[0] else []) + sorted(f"f{n + m}" for m in (1, 2, 3))
+        expected += [str(n), *(f"{n}/{name}" for name in inside)]
+    assert list(listing(place / "y.tar")) == expected
+
+
+def test_owners_of_hard_links(place: Path, ids: str) -> None:
+    """The name that our order puts first has the owner, whichever the archive began with."""
+    members = [member("m", data=b"x", uid=5, gid=6), link("a", "m", LNK), link("z", "a", LNK)]
+    call("apply", make_tar(place / "x.tar", *members), place / "t")
+    call("pack", place / "t", place / "y.tar")
+    found = listing(place / "y.tar")
+    assert [(found[n].type, found[n].uid, found[n].linkname) for n in "amz"] == [
+        (b"0", 5, ""),
+        (LNK, 5, "a"),
+        (LNK, 5, "a"),
+    ]
+
+
 def test_known_bytes(place: Path) -> None:
     """The form of our tar is a promise: another digest here means that every layer's ID changes."""
     tree = place / "tree"

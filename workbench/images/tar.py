@@ -59,14 +59,6 @@ def _block(name: bytes, mode: int, uid: int, gid: int, size: int, mtime: int, ki
     return b"%b%06o\0 %b" % (start[:-8], sum(start) + sum(end), end)
 
 
-def _is_utf8(value: bytes) -> bool:
-    try:
-        value.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def _record(key: bytes, value: bytes) -> bytes:
     # The length counts its own digits.
     length = len(key) + len(value) + 3
@@ -81,8 +73,7 @@ def header(entry: Entry) -> bytes:
     uid, gid, size = entry.uid, entry.gid, entry.size
     records: dict[bytes, bytes] = {XATTR + key.encode(): value for key, value in entry.xattrs.items()}
     for key, value in ((b"path", name), (b"linkpath", link)):
-        # A short name that is no UTF-8 goes as it is: pax knows UTF-8 only, and readers differ in the rest.
-        if len(value) > 100 or (not value.isascii() and _is_utf8(value)):
+        if len(value) > 100 or not value.isascii():
             records[key] = value
     if rest or not 0 <= seconds < 1 << 33:
         records[b"mtime"] = _decimal(mtime)
