@@ -85,12 +85,12 @@ class Helper:
         back = [running.pidfd] + ([running.terminal] if running.terminal >= 0 else [])
         return {"pid": running.pid}, back
 
-    def do_settle(self, message: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+    def do_settle(self, message: dict[str, Any], _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """After the end: keep what was changed, remove what was not."""
         self.unsettled.pop(message["folder"], None)
         return {"kept": state.settle(message["folder"])}, []
 
-    def do_warm(self, message: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+    def do_warm(self, message: dict[str, Any], _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Do ahead of time what every launch needs."""
         self.launcher.warm(message.get("network", "none"))
         return {}, []

@@ -16,12 +16,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
+from workbench.linux import trees
 from workbench.model import NOT_ENVIRONMENT, Conflict, NotFound
 
 STATE = "state.json"
@@ -100,7 +100,7 @@ def settle(folder: str) -> bool:
     if not has_changes(upper, state["spec"]["layers"]):
         remove(folder)
         return False
-    _empty(os.path.join(upper, "tmp"))
+    trees.remove(os.path.join(upper, "tmp"))
     remove_run_dir(state["run_dir"])
     save(folder, state | {"status": "exited", "maker": None}, durable=True)
     return True
@@ -113,7 +113,7 @@ def remove(folder: str) -> None:
     doomed = os.path.join(os.path.dirname(folder), f".gone-{os.path.basename(folder)}")
     with suppress(FileNotFoundError):
         os.rename(folder, doomed)
-        shutil.rmtree(doomed)
+        trees.remove(doomed)
 
 
 def run_base() -> str:
@@ -164,7 +164,7 @@ def sweep_run_dirs() -> None:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path)
+                trees.remove(path)
             finally:
                 os.close(fd)
     with suppress(OSError):
@@ -173,18 +173,9 @@ def sweep_run_dirs() -> None:
 
 def remove_run_dir(run_dir: str) -> None:
     """Remove a run folder, and with the last one the folder above."""
-    shutil.rmtree(run_dir, ignore_errors=True)
+    trees.remove(run_dir)
     with suppress(OSError):
         os.rmdir(os.path.dirname(run_dir))
-
-
-def _empty(folder: str) -> None:
-    with suppress(FileNotFoundError):
-        for entry in os.scandir(folder):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
-            else:
-                os.unlink(entry.path)
 
 
 def has_changes(upper: str, layers: Iterable[str]) -> bool:
@@ -193,21 +184,26 @@ def has_changes(upper: str, layers: Iterable[str]) -> bool:
     layers: the folders below it. A folder counts when it is new and empty: what is in others speaks for itself.
     """
     below = list(layers)
-
-    def ignored(path: str) -> bool:
-        return any(path + "/" == rule or path == rule or path.startswith(rule) for rule in NOT_ENVIRONMENT)
-
-    def changed(path: str) -> bool:
-        children = [(entry.name, entry) for entry in os.scandir(os.path.join(upper, path))]
-        if not children and path:
-            leads_to_ignored = any(rule.startswith(path + "/") for rule in NOT_ENVIRONMENT)
-            return not leads_to_ignored and not any(os.path.lexists(os.path.join(b, path)) for b in below)
-        for name, entry in children:
-            inside = os.path.join(path, name)
-            if ignored(inside):
+    pending = [""]
+    while pending:
+        path = pending.pop()
+        try:
+            children = list(os.scandir(os.path.join(upper, path)))
+        except OSError:  # too deep a path to be looked at is nobody's default
+            return True
+        if path and not children and _is_new(path, below):
+            return True
+        for entry in children:
+            inside = os.path.join(path, entry.name)
+            if any(f"{inside}/".startswith(rule) or inside == rule for rule in NOT_ENVIRONMENT):
                 continue
-            if not stat.S_ISDIR(entry.stat(follow_symlinks=False).st_mode) or changed(inside):
+            if not entry.is_dir(follow_symlinks=False):
                 return True
-        return False
+            pending.append(inside)
+    return False
 
-    return changed("")
+
+def _is_new(folder: str, below: Iterable[str]) -> bool:
+    """Whether an empty folder is in no layer, and is not one that only leads to what does not count."""
+    leads = any(rule.startswith(folder + "/") for rule in NOT_ENVIRONMENT)
+    return not leads and not any(os.path.lexists(os.path.join(layer, folder)) for layer in below)
