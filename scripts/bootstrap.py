@@ -102,9 +102,7 @@ def install_tools(tools: tuple[Tool, ...]) -> None:
     install = ["apt-get", "install", "-y", "--no-install-recommends", *names]
     prefix = as_root()
     if not shutil.which("apt-get"):
-        raise StepError(
-            f"this is no Debian: install the counterparts of {' '.join(names)} and run this again"
-        )
+        raise StepError(f"this is no Debian: install the counterparts of {' '.join(names)} and run this again")
     if prefix is None:
         ask_for(" ".join(install), "packages are missing and this user may not install them")
         return
@@ -119,9 +117,7 @@ def grant_ids(user: str | None = None) -> None:
     if name == "root":
         return
     files = (Path("/etc/subuid"), Path("/etc/subgid"))
-    lines = [
-        line.split(":") for file in files if file.exists() for line in file.read_text().splitlines() if line
-    ]
+    lines = [line.split(":") for file in files if file.exists() for line in file.read_text().splitlines() if line]
     numbers = {file: any(line.startswith(f"{name}:") for line in _lines(file)) for file in files}
     if all(numbers.values()):
         return
@@ -134,9 +130,7 @@ def grant_ids(user: str | None = None) -> None:
     if prefix is None:
         ask_for(" ".join(command), f"{name} has no id range in /etc/subuid")
         return
-    step(
-        "usermod", [*prefix, "env", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", *command], log=LOGS / "usermod.log"
-    )
+    step("usermod", [*prefix, "env", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", *command], log=LOGS / "usermod.log")
 
 
 def _lines(file: Path) -> list[str]:
@@ -161,9 +155,7 @@ def make_environment(extras: str) -> None:
         shutil.rmtree(VENV)  # the checkout was moved: scripts in there name the old place
     python = VENV / "bin" / "python"
     if not (python.exists() and (VENV / "bin" / "pip").exists()):
-        step(
-            "virtual environment", [sys.executable, "-m", "venv", "--clear", str(VENV)], log=LOGS / "venv.log"
-        )
+        step("virtual environment", [sys.executable, "-m", "venv", "--clear", str(VENV)], log=LOGS / "venv.log")
     step(
         "Python packages",
         [
@@ -192,9 +184,7 @@ def needs_browser() -> bool:
 def set_up(goal: str) -> None:
     """All that a goal needs. Raises StepError with one line when something cannot be had."""
     if sys.version_info < (3, 11):  # noqa: UP036 - it may well be an older one that reads this
-        raise StepError(
-            f"Python {sys.version.split()[0]} is too old, 3.11 is needed; name one with: make PYTHON=..."
-        )
+        raise StepError(f"Python {sys.version.split()[0]} is too old, 3.11 is needed; name one with: make PYTHON=...")
     extras, tools = GOALS[goal]
     if goal == "test" and needs_browser():
         tools += BROWSER

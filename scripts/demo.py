@@ -22,7 +22,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,6 @@ def reachable(port):
         return False
 release = dict(line.split("=", 1) for line in read("/etc/os-release").splitlines() if "=" in line)
 status = dict(line.split(":", 1) for line in read("/proc/self/status").splitlines())
-listening = [line for name in ("tcp", "tcp6") for line in read(f"/proc/net/{name}").splitlines()[1:]
-             if line.split()[3] == "0A"]
 print(json.dumps({
     "system": release["PRETTY_NAME"].strip('"'), "suite": release.get("VERSION_CODENAME", ""),
     "host_name": socket.gethostname(), "init": read("/proc/1/comm"),
@@ -66,7 +64,7 @@ print(json.dumps({
     "no_new_privs": status["NoNewPrivs"].strip(), "seccomp": status["Seccomp"].strip(),
     "variables": len(os.environ), "canary": %(canary)r in os.environ,
     "home": [os.stat(%(home)r).st_dev, os.stat(%(home)r).st_ino] if os.path.exists(%(home)r) else None,
-    "server_reached": reachable(%(port)d), "listening": len(listening),
+    "server_reached": reachable(%(port)d),
     "namespaces": {name: os.readlink(f"/proc/self/ns/{name}")
                    for name in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup")},
 }))
@@ -132,9 +130,7 @@ class Server:
             command.append("--allow-root")
         env = os.environ | {"JUPYTER_TOKEN": self.token, CANARY: "not for kernels"}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env
-            )
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=env)
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """A request to the REST interface; the JSON of the answer."""
@@ -219,7 +215,7 @@ class Claim:
     holds: bool
 
 
-def claims(inside: dict[str, Any], row: dict[str, Any], image: dict[str, Any], port: int) -> list[Claim]:
+def claims(inside: dict[str, Any], row: dict[str, Any], image: dict[str, Any], server: Server) -> list[Claim]:
     """What the kernel sees beside what this host has; each judged here."""
     suite = tomllib.loads((RECIPE / "recipe.toml").read_text())["base"]["suite"]
     system = fields(Path("/etc/os-release").read_text(), "=").get("PRETTY_NAME", "?").strip('"')
@@ -228,13 +224,12 @@ def claims(inside: dict[str, Any], row: dict[str, Any], image: dict[str, Any], p
     processes = sum(name.isdigit() for name in os.listdir("/proc"))
     outer_uid = int(fields(Path(f"/proc/{row['pid']}/status").read_text(), ":")["Uid"].split()[0])
     me = f"{pwd.getpwuid(os.geteuid()).pw_name} ({os.geteuid()})"
-    own = [
-        name for name, link in inside["namespaces"].items() if os.readlink(f"/proc/self/ns/{name}") != link
-    ]
+    own = [name for name, link in inside["namespaces"].items() if os.readlink(f"/proc/self/ns/{name}") != link]
     home = os.path.expanduser("~")
     same_home = inside["home"] == [os.stat(home).st_dev, os.stat(home).st_ino]
     built, runs = image["id"], row["image_id"]
     only_loopback_and_one = "lo" in inside["interfaces"] and len(inside["interfaces"]) <= 2
+    ports = listening_ports(server.process.pid)
     confined = inside["capabilities"] <= 11 and inside["seccomp"] == "2" and inside["no_new_privs"] == "1"
     return [
         Claim("system", inside["system"], system, inside["suite"] == suite),
@@ -250,10 +245,32 @@ def claims(inside: dict[str, Any], row: dict[str, Any], image: dict[str, Any], p
         Claim("variables", str(inside["variables"]), f"{len(os.environ)}, a secret among them",
               not inside["canary"]),
         Claim("home folder", "seen" if same_home else "not seen", home, not same_home),
-        Claim("port of the server", "reached" if inside["server_reached"] else "not reached", str(port),
+        Claim("the server's port", "reached" if inside["server_reached"] else "not reached", str(server.port),
               not inside["server_reached"]),
-        Claim("open TCP ports", str(inside["listening"]), "", inside["listening"] == 0),
+        Claim("TCP ports for the kernel", "none", f"server and kernel: {' '.join(map(str, ports))}",
+              ports == [server.port]),
     ]  # fmt: skip
+
+
+def listening_ports(top: int) -> list[int]:
+    """The TCP ports of this host on which a process or any of its descendants listens (proc(5))."""
+    parents = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            parents[int(name)] = int(Path("/proc", name, "stat").read_text().rpartition(")")[2].split()[1])
+    family = {top}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    sockets = set()
+    for pid in family:
+        with suppress(OSError):
+            for number in os.listdir(f"/proc/{pid}/fd"):
+                with suppress(OSError):
+                    sockets.add(os.readlink(f"/proc/{pid}/fd/{number}"))
+    rows = [line.split() for table in ("tcp", "tcp6") for line in Path("/proc/net", table).read_text().splitlines()[1:]]
+    return sorted(
+        {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
+    )
 
 
 def fields(text: str, separator: str) -> dict[str, str]:
@@ -270,9 +287,7 @@ def left_behind(row: dict[str, Any]) -> list[str]:
     """What of a container can still be found once it has been shut down."""
     found = [f"process {row['pid']}"] if os.path.exists(f"/proc/{row['pid']}") else []
     found += [f"container {other['id']}" for other in workbench("ps", "--all") if other["id"] == row["id"]]
-    found += [
-        f"mount {line}" for line in Path("/proc/self/mountinfo").read_text().splitlines() if row["id"] in line
-    ]
+    found += [f"mount {line}" for line in Path("/proc/self/mountinfo").read_text().splitlines() if row["id"] in line]
     return found
 
 
@@ -288,9 +303,7 @@ def run_notebook(server: Server) -> tuple[str, WebSocket]:
         started = time.monotonic()
         execute(channel, source)
         first = next((line for line in source.splitlines() if line.strip()), "")
-        print(
-            f"   cell {number} of {len(cells)}: {time.monotonic() - started:5.2f} s  {first[:70]}", flush=True
-        )
+        print(f"   cell {number} of {len(cells)}: {time.monotonic() - started:5.2f} s  {first[:70]}", flush=True)
     return session["id"], channel
 
 
@@ -313,7 +326,7 @@ def demo(folder: Path) -> bool:
             raise DemoError(f"one new container was expected, {len(started)} are there")
         row = started[0]
         facts = {"canary": CANARY, "home": os.path.expanduser("~"), "port": server.port}
-        table = claims(json.loads(execute(channel, PROBE % facts)), row, image, server.port)
+        table = claims(json.loads(execute(channel, PROBE % facts)), row, image, server)
         channel.close()
         with timed("shutting down"):
             server.ask("DELETE", f"/api/sessions/{session}")
@@ -328,7 +341,7 @@ def demo(folder: Path) -> bool:
     table.append(Claim("left behind afterwards", ", ".join(remains) or "nothing", "-", not remains))
     print("\nWhat the kernel sees, beside what this host has:\n")
     print(show.table([
-        {"": claim.what, "in the kernel": claim.inside, "on this host": claim.outside,
+        {"what": claim.what, "in the kernel": claim.inside, "on this host": claim.outside,
          "holds": "yes" if claim.holds else "NO"} for claim in table
     ]))  # fmt: skip
     return all(claim.holds for claim in table)
@@ -343,9 +356,7 @@ def main() -> int:
         except (DemoError, urllib.error.HTTPError) as error:
             print(f"demo: {error}", file=sys.stderr)
             return 1
-    print(
-        f"\n{'Every claim holds' if held else 'Not every claim holds'}: {time.monotonic() - started:.1f} s."
-    )
+    print(f"\n{'Every claim holds' if held else 'Not every claim holds'}: {time.monotonic() - started:.1f} s.")
     if held:
         print("The image and its kernel stay: `make lab` opens JupyterLab with its launcher card.")
     return int(not held)
