@@ -95,9 +95,10 @@ class Server:
             return status, text
 
     def close(self) -> None:
-        """Ask it to end, as Ctrl-C and y do."""
+        """Ask it to end; what it said is shown with a failed test."""
         self.process.terminate()
         self.process.wait(timeout=30)
+        print(self.log.read_text())
 
 
 @pytest.fixture

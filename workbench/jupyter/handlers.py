@@ -35,12 +35,6 @@ def status_of(error: WorkbenchError) -> HTTPStatus:
     return _STATUS.get(type(error), HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
-def http_error(error: WorkbenchError) -> web.HTTPError:
-    """The error for a handler of the server's own, which shows its message to the user."""
-    status = status_of(error)
-    return web.HTTPError(status.value, "%s", str(error), reason=status.phrase)
-
-
 def _told(method: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
     """Answer a named error as JSON."""
 

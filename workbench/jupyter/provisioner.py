@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -57,9 +56,9 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         """Lay out the container and write the host's connection file; keyword arguments for launch_kernel."""
         try:
             return await self._prepare(kwargs)
-        except WorkbenchError as error:
+        except WorkbenchError:
             await self._discard()
-            raise self._refusal(error) from None
+            raise
 
     async def _prepare(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         km: Any = self.parent
@@ -141,21 +140,12 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         exited.add_done_callback(self._on_exit)
         try:
             await asyncio.wrap_future(started)
-        except WorkbenchError as error:
+        except WorkbenchError:
             self._expected = True
             await self._discard()
-            raise self._refusal(error) from None
+            raise
         self._has_process = True
         return self.connection_info
-
-    def _refusal(self, error: WorkbenchError) -> Exception:
-        """The error as the caller can show it: a server answers the browser with the line itself."""
-        self.log.error("%s", error)
-        if "jupyter_server.base.handlers" in sys.modules:
-            from workbench.jupyter.handlers import http_error
-
-            return http_error(error)
-        return error
 
     async def _discard(self) -> None:
         """The kernel could not be started: nothing of it stays."""
