@@ -219,9 +219,7 @@ class _Build:
             null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
             try:
                 for run in runs:
-                    end = self.containers.run(
-                        self._spec(run, profile), str(folder), (null, log.writing, log.writing)
-                    )
+                    end = self.containers.run(self._spec(run, profile), str(folder), (null, log.writing, log.writing))
                     if end.code:
                         break
             finally:
@@ -265,7 +263,7 @@ class _Build:
         )
 
 
-class _NeedsSource(Exception):  # noqa: N818 - never leaves this module
+class _NeedsSource(Exception):
     """uv found packages that come without wheels."""
 
 

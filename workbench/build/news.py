@@ -143,7 +143,11 @@ _KNOWN = (
         r"there is no version \2 (only \1)",
         "correct the version in the recipe",
     ),
-    (r"No solution found when resolving dependencies: (.*)", r"\1", "loosen the versions in the recipe"),
+    (
+        r"you require ([^.]+?(?:\.\d[^.]*?)*), we can conclude that your requirements are unsatisfiable",
+        r"\1 do not go together",
+        "loosen the versions in the recipe",
+    ),
     (r"Failed to parse: `([^`]*)`", r"'\1' is no Python requirement", "see PEP 508"),
     (
         r"(?:Temporary failure resolving|Could not resolve|dns error)[^'`\"]*['`\"]?([\w.-]*)",

@@ -207,9 +207,7 @@ class _Check:
 
     def values(self, recipe: Recipe) -> None:
         if not _NAME.fullmatch(recipe.name):
-            self.fail(
-                "name", f"{recipe.name!r} is no image name", "use a-z, 0-9 and single . _ - between them"
-            )
+            self.fail("name", f"{recipe.name!r} is no image name", "use a-z, 0-9 and single . _ - between them")
         if recipe.base.suite not in SUITES:
             near = difflib.get_close_matches(recipe.base.suite, SUITES, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(SUITES)}"

@@ -91,10 +91,13 @@ if command -v fc-cache >/dev/null; then
 fi
 """
 
-# mmdebstrap's hook, run outside of the new root, which is $1.
+# mmdebstrap's hooks, run outside of the new root, which is $1. Its own way to make /dev mounts a devpts for an
+# id that a host without id ranges does not have.
+_DEVICES_HOOK = 'mount --rbind /dev "$1/dev"'
 _BASE_HOOK = r"""
 set -eu
 cd "$1"
+umount --recursive --lazy dev
 rm -f etc/resolv.conf etc/hostname etc/apt/sources.list.d/0000* etc/apt/apt.conf.d/99mmdebstrap
 rm -f var/cache/ldconfig/aux-cache var/lib/dpkg/*-old var/cache/debconf/*-old
 find var/log -type f -exec rm -f {} +
@@ -153,7 +156,7 @@ def base(recipe: Recipe) -> Step:
     """Debian's minimal system, by mmdebstrap."""
     suite = recipe.base.suite
     content = {
-        "suite": suite, "variant": "minbase", "dpkg": DPKG_OPTIONS, "hook": _BASE_HOOK,
+        "suite": suite, "variant": "minbase", "dpkg": DPKG_OPTIONS, "hooks": [_DEVICES_HOOK, _BASE_HOOK],
         "sources": apt_sources(suite), "mmdebstrap": mmdebstrap_version(),
     }  # fmt: skip
     return Step("base", f"Debian {suite} by mmdebstrap", content)
@@ -170,11 +173,12 @@ def base_run(recipe: Recipe, tree: str, settings: Settings) -> Run:
     offered = dict(settings.texts).get(APT_CONF, "").splitlines()
     options += [line.rstrip(";") for line in offered if not line.startswith("Dir::")]
     argv = ["/usr/bin/mmdebstrap", "--mode=root", "--variant=minbase", "--format=directory"]
-    argv += ["--skip=output/dev", "--skip=output/mknod", "--skip=check/empty"]
+    argv += [f"--skip={name}" for name in ("check/empty", "chroot/mount/dev", "output/dev", "output/mknod")]
     argv += [f"--dpkgopt={option}" for option in DPKG_OPTIONS]
     argv += [f"--aptopt={option}" for option in dict.fromkeys(options)]
     argv += [f"--keyring={path}" for path in (_KEYRING,) if os.path.exists(path)]
-    argv += ['--customize-hook=sh -c "$BASE_HOOK" hook "$1"', suite, TREE_INSIDE]
+    argv += [f"--extract-hook={_DEVICES_HOOK}", '--customize-hook=sh -c "$BASE_HOOK" hook "$1"']
+    argv += [suite, TREE_INSIDE]
     argv += [APT_SOURCES] if settings.mirrors else []
     folders = [f"/{name}" for name in _PROGRAMS] + [f"/etc/{name}" for name in _ETC]
     mounts = [Mount(os.path.realpath(path), path, read_only=True) for path in folders if os.path.exists(path)]
@@ -258,9 +262,7 @@ def _version(program: str) -> str:
 def mmdebstrap_version() -> str:
     """As it says itself. Raises HostLacks."""
     if not os.path.exists("/usr/bin/mmdebstrap"):
-        raise HostLacks(
-            "build a base", "mmdebstrap is not installed", "run `sudo apt-get install mmdebstrap`"
-        )
+        raise HostLacks("build a base", "mmdebstrap is not installed", "run `sudo apt-get install mmdebstrap`")
     return _version("/usr/bin/mmdebstrap")
 
 
