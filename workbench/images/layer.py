@@ -19,15 +19,14 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from workbench.images import tar
 from workbench.images.files import clear_errors
 from workbench.images.normalise import normalise as normalise
 from workbench.images.tree import ESCAPED, OPAQUE, OVERLAY, below, is_whiteout, kept_xattrs, walk
-from workbench.images.tree import (
-    remove as remove,
-)
+from workbench.linux.trees import remove as remove
 from workbench.model import Conflict, Corrupt, InvalidInput
 
 _WHITEOUT = b".wh."
@@ -270,13 +269,18 @@ def _refused(error: OSError, shown: str) -> Exception:
 
 
 class _Sink:
-    """Where an archive's bytes go: through the hash, and into a file where one is wanted."""
+    """Where an archive's bytes go: through the hash, and into a file where one is wanted.
+
+    A thread hashes and writes one piece while the next is gathered; both calls leave the interpreter's lock.
+    """
 
     def __init__(self, path: str | None) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         self._path, self._fd, self._done = path, os.open(path, flags, 0o600) if path else -1, False
         self._hash = hashlib.sha256()
         self._buffer = bytearray()
+        self._thread = ThreadPoolExecutor(1, "tar")
+        self._piece: Future[None] | None = None
         self.size = 0
 
     def write(self, data: bytes) -> None:
@@ -285,13 +289,21 @@ class _Sink:
             self._flush()
 
     def _flush(self) -> None:
-        self._hash.update(self._buffer)
+        self._wait()
         self.size += len(self._buffer)
+        self._piece = self._thread.submit(self._pass_on, self._buffer)
+        self._buffer = bytearray()
+
+    def _wait(self) -> None:
+        if self._piece is not None:
+            self._piece.result()
+
+    def _pass_on(self, data: bytearray) -> None:
+        self._hash.update(data)
         if self._fd >= 0:
-            view = memoryview(self._buffer)
+            view = memoryview(data)
             while view:
                 view = view[os.write(self._fd, view) :]
-        self._buffer = bytearray()
 
     def content(self, fd: int, size: int, shown: bytes) -> None:
         """The whole content of an open file, which must be ``size`` bytes still."""
@@ -305,6 +317,7 @@ class _Sink:
 
     def finish(self) -> dict[str, Any]:
         self._flush()
+        self._wait()
         if self._fd >= 0:
             os.fsync(self._fd)
         self._done = True
@@ -312,9 +325,11 @@ class _Sink:
 
     def close(self) -> None:
         """Close the file; one that was not finished goes."""
+        self._thread.shutdown()
         if self._path is not None:
+            unwanted = not self._done and stat.S_ISREG(os.fstat(self._fd).st_mode)
             os.close(self._fd)
-            if not self._done:
+            if unwanted:
                 os.unlink(self._path)
 
 

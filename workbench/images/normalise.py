@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import stat
 
-from workbench.images import tree as trees
 from workbench.images.files import clear_errors
 from workbench.images.tree import ESCAPED, OPAQUE, OVERLAY, is_whiteout, kept_xattrs
+from workbench.linux import trees
 from workbench.model import Conflict
 
 SECOND = 10**9

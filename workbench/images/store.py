@@ -141,7 +141,8 @@ class Store:
         tree, out = str(self.layer(diff_id)), os.path.abspath(out_path)
         found = userns.call("workbench.images.layer:remake", tree, self.record(diff_id), out)
         if found["diff_id"] != diff_id:
-            os.unlink(out)
+            if os.path.isfile(out):
+                os.unlink(out)
             raise Corrupt("remake a layer's archive", f"{tree} has changed", "run `jupyter workbench check --repair`")
 
     def record(self, diff_id: str) -> str | None:

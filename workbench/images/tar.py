@@ -49,14 +49,15 @@ class Entry:
 
 
 _TIME = re.compile(rb"(-?)(\d{1,19})(?:\.(\d*))?")
-_FIELDS = b"%07o\0%07o\0%07o\0%011o\0%011o\0        "
+_FIELDS = b"%07o\0%07o\0%07o\0%011o\0%011o\0"
 _TAIL = b"ustar\x0000" + bytes(64) + b"0000000\x000000000\0" + bytes(167)
+_TAIL_SUM = sum(_TAIL) + 8 * ord(" ")  # the checksum itself counts as spaces
 
 
 def _block(name: bytes, mode: int, uid: int, gid: int, size: int, mtime: int, kind: bytes, link: bytes) -> bytes:
-    start = name.ljust(100, b"\0") + _FIELDS % (mode, uid, gid, size, mtime)
-    end = kind + link.ljust(100, b"\0") + _TAIL
-    return b"%b%06o\0 %b" % (start[:-8], sum(start) + sum(end), end)
+    fields = _FIELDS % (mode, uid, gid, size, mtime)
+    total = sum(name) + sum(fields) + sum(kind) + sum(link) + _TAIL_SUM
+    return b"%b%b%06o\0 %b%b%b" % (name.ljust(100, b"\0"), fields, total, kind, link.ljust(100, b"\0"), _TAIL)
 
 
 def _record(key: bytes, value: bytes) -> bytes:

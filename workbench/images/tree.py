@@ -7,7 +7,6 @@ import stat
 from collections.abc import Iterator
 
 from workbench.linux import syscalls as sc
-from workbench.linux.trees import remove as remove
 
 #: overlayfs's own attributes with the option ``userxattr`` (overlayfs.rst).
 OVERLAY = "user.overlay."
