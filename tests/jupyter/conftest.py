@@ -57,7 +57,11 @@ class Server:
     def __init__(self, folder: Path, *arguments: str, config: str = "", token: str = "secret-of-the-test") -> None:
         self.token, self.folder = token, folder
         file = folder / "jupyter_server_config.py"
-        file.write_text(f"c.ServerApp.allow_unauthenticated_access = False\n{config}\n")
+        others = ("jupyterlab", "notebook", "notebook_shim", "jupyter_lsp", "jupyter_server_terminals")
+        file.write_text(
+            f"c.ServerApp.allow_unauthenticated_access = False\n"
+            f"c.ServerApp.jpserver_extensions = {dict.fromkeys(others, False)}\n{config}\n"
+        )
         self.log = folder / "server.log"
         root = folder / "root"
         root.mkdir(exist_ok=True)
@@ -75,6 +79,13 @@ class Server:
             assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
             time.sleep(0.05)
         self.port = int(found[1])
+        while True:  # it says so before it listens
+            try:
+                self.request("/api")
+                break
+            except urllib.error.URLError:
+                assert time.monotonic() < until, self.log.read_text()
+                time.sleep(0.02)
 
     def request(self, path: str, method: str = "GET", body: Any = None, token: str | None = None) -> tuple[int, Any]:
         """Status and JSON (or text) of an answer. token: "" sends none."""
@@ -105,5 +116,13 @@ class Server:
 def server(image: str, tmp_path: Path) -> Iterator[Server]:
     """A server with the extension enabled as installation enables it."""
     server = Server(tmp_path)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def shared_server(image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same for all tests of a module that start no kernel."""
+    server = Server(tmp_path_factory.mktemp("server"))
     yield server
     server.close()

@@ -58,11 +58,11 @@ def test_every_route_refuses_strangers(image: str, tmp_path: Path) -> None:
         server.close()
 
 
-def test_images(server: Server, image: str) -> None:
-    (row,) = [row for row in server.request("/workbench/api/images")[1]["images"] if row["id"] == image]
+def test_images(shared_server: Server, image: str) -> None:
+    (row,) = [row for row in shared_server.request("/workbench/api/images")[1]["images"] if row["id"] == image]
     assert "python:latest" in row["names"] or "python" in row["names"]
     for text in ("python", "python:latest", image, image[7:19]):
-        status, answer = server.request(f"/workbench/api/images/{text}")
+        status, answer = shared_server.request(f"/workbench/api/images/{text}")
         assert status == 200 and answer["id"] == image
 
 
@@ -79,16 +79,16 @@ def test_images(server: Server, image: str) -> None:
         ("GET", "/containers/ffffffffffff/logs", 404),
     ],
 )
-def test_errors_are_json_of_one_line(server: Server, method: str, path: str, status: int) -> None:
-    got, answer = server.request(f"/workbench/api{path}", method, {} if method == "POST" else None)
+def test_errors_are_json_of_one_line(shared_server: Server, method: str, path: str, status: int) -> None:
+    got, answer = shared_server.request(f"/workbench/api{path}", method, {} if method == "POST" else None)
     assert got == status, answer
     assert isinstance(answer, dict) and answer["message"]
     assert "\n" not in answer["message"]
 
 
-def test_no_path_leads_out(server: Server) -> None:
+def test_no_path_leads_out(shared_server: Server) -> None:
     for path in ("/containers/..%2f..%2fetc", "/containers/../../etc", "/images/..%2f..", "/images/../x"):
-        assert server.request(f"/workbench/api{path}")[0] in (400, 404)
+        assert shared_server.request(f"/workbench/api{path}")[0] in (400, 404)
 
 
 def test_each_error_has_a_status() -> None:

@@ -46,7 +46,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         self._listener: Listener | None = None
         self._farewell: Future[int] | None = None
         self._expected = True
-        self._has_process = False
+        self._has_process = self._has_run = False
         self._mounts: list[tuple[str, str]] = []
         self._cwd = ""
 
@@ -144,13 +144,18 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             self._expected = True
             await self._discard()
             raise
-        self._has_process = True
+        self._has_process = self._has_run = True
         return self.connection_info
 
     async def _discard(self) -> None:
-        """The kernel could not be started: nothing of it stays."""
-        if not self._has_process:
+        """The kernel could not be started: nothing of it stays, but for changes that an earlier run has made."""
+        container = self._container
+        if self._has_run or container is None:
             await self._settle()
+            return
+        self._container = None
+        with suppress(WorkbenchError, OSError):
+            await asyncio.to_thread(container.remove)
 
     # Life
 
