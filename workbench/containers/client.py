@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -23,12 +22,16 @@ Answer = tuple[dict[str, Any], list[int]]
 
 
 class HelperClient:
-    """Starts a helper when first needed, and again should it have been killed."""
+    """Starts a helper when first needed, and again should it have been killed.
 
-    def __init__(self) -> None:
+    fork: make the first one a copy of this process, which must have one thread when it is first needed.
+    """
+
+    def __init__(self, *, fork: bool = False) -> None:
+        self._fork = fork
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: userns.Process | None = None
         self._pid_of_owner = 0
         self._waiting: dict[int, Future[Answer]] = {}
         self._exits: dict[str, Callable[[Exit], None]] = {}
@@ -70,14 +73,16 @@ class HelperClient:
                     "workbench.containers.helper:main",
                     (theirs.fileno(),),
                     [str(theirs.fileno()), json.dumps(asdict(ids))],
+                    fork=self._fork,
                 )
+                self._fork = False
             except BaseException:
                 ours.close()
                 raise
         self._socket, self._pid_of_owner = ours, os.getpid()
         threading.Thread(target=self._read, args=(ours, self._process), name="workbench-helper", daemon=True).start()
 
-    def _read(self, ours: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    def _read(self, ours: socket.socket, process: userns.Process) -> None:
         while True:
             try:
                 data, fds, _, _ = socket.recv_fds(ours, 1 << 16, 8)

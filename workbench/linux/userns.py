@@ -14,8 +14,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from workbench.linux import syscalls as sc
 from workbench.model import HostLacks, LaunchFailed, WorkbenchError
@@ -119,21 +120,93 @@ def python_path() -> list[str]:
     return [here, *(p for p in sys.path if p.rstrip("/").endswith(("site-packages", "dist-packages")) and p != here)]
 
 
-def spawn(target: str, fds: tuple[int, ...], arguments: list[str]) -> subprocess.Popen[bytes]:
+class Process(Protocol):
+    """What is needed of a process: ``subprocess.Popen`` has it, and ``Forked``."""
+
+    pid: int
+
+    @property
+    def returncode(self) -> int | Any:
+        """The exit code once it was waited for, negative for a signal."""
+
+    def wait(self) -> int:
+        """Until it has ended; the exit code."""
+
+    def kill(self) -> None:
+        """SIGKILL."""
+
+
+class Forked:
+    """A child that was forked, not executed."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._reaping = threading.Lock()
+
+    def wait(self) -> int:
+        """Until it has ended; the exit code, negative for a signal."""
+        with self._reaping:  # from several threads, but once
+            if self.returncode is None:
+                self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+    def kill(self) -> None:
+        """SIGKILL, unless it was waited for already."""
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def _fork(keep: tuple[int, ...], arguments: list[str]) -> Forked:
+    """``_main(*arguments)`` in a copy of this process that keeps no more of it than a fresh one would have."""
+    pid = os.fork()
+    if pid:
+        return Forked(pid)
+    code = 1
+    try:
+        os.setsid()
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        low = 3
+        for fd in sorted(keep):
+            if fd > low:
+                sc.close_range(low, fd - 1)
+            low = fd + 1
+        sc.close_range(low)
+        environment = _environment()
+        os.environ.clear()
+        os.environ.update(environment)
+        _main(*arguments)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(code)
+
+
+def spawn(target: str, fds: tuple[int, ...], arguments: list[str], *, fork: bool = False) -> Process:
     """Start ``module:function(*arguments)`` in a fresh Python inside B, as root there, with ``fds`` kept open.
 
-    Returns once the namespace stands. Raises HostLacks when it cannot be made.
+    fork: a copy of this process instead, which saves 50 ms; only while it has one thread. Returns once the
+    namespace stands. Raises HostLacks when it cannot be made.
     """
     ids = host_ids()
     ready_r, ready_w = os.pipe()
     go_r, go_w = os.pipe()
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, ":".join(python_path()),
-             ids.kind, str(ready_w), str(go_r), target, *arguments],
-            pass_fds=(*fds, ready_w, go_r), stdin=subprocess.DEVNULL, start_new_session=True,
-            env=_environment(), cwd="/",
-        )  # fmt: skip
+        words = [ids.kind, str(ready_w), str(go_r), target, *arguments]
+        process: Process
+        if fork:
+            process = _fork((*fds, ready_w, go_r), words)
+        else:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, ":".join(python_path()), *words],
+                pass_fds=(*fds, ready_w, go_r), stdin=subprocess.DEVNULL, start_new_session=True,
+                env=_environment(), cwd="/",
+            )  # fmt: skip
         os.close(ready_w)
         os.close(go_r)
         ready_w = go_r = -1
