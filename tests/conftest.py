@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,13 +37,17 @@ for _name in ("JUPYTER_TOKEN", "JUPYTER_CONFIG_PATH", "JUPYTER_PATH", "JPY_SESSI
     os.environ.pop(_name, None)
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    """Remove the store, whoever owns the files of its layers."""
-    if not _KEPT and BASE.exists():
-        from workbench.linux import userns
+def pytest_configure(config: pytest.Config) -> None:
+    """``tmp_path`` is below BASE: pytest itself cannot remove what containers leave, nor very deep trees."""
+    if config.option.basetemp is None:
+        config.option.basetemp = str(BASE / f"t{os.getpid()}")
 
-        userns.call("workbench.images.layer:remove", str(BASE / "w"))
-        shutil.rmtree(BASE, ignore_errors=True)
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove all of it, whoever owns the files of layers."""
+    from workbench.linux import userns
+
+    userns.call("workbench.linux.trees:remove", str(BASE / f"t{os.getpid()}" if _KEPT else BASE))
 
 
 @pytest.fixture(scope="session")
