@@ -149,6 +149,10 @@ set -eu
 cd /
 # What does not compile (templates, another Python's code) is never imported either.
 /opt/venv/bin/python -m compileall -qq -j 0 --invalidation-mode checked-hash /opt/venv/lib || true
+# Made by each import of matplotlib; here already, a plot is no change of the environment.
+for folder in /opt/venv/lib/python3*/site-packages/matplotlib; do
+  [ ! -d "$folder" ] || mkdir -p /root/.config/matplotlib
+done
 """
 
 

@@ -1,0 +1,269 @@
+"""Real builds: cached, the same elsewhere, refused in one line, ended at any point without a trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import BASE, RECIPE
+from workbench.build import builder, recipe
+from workbench.containers.container import Containers
+from workbench.containers.host_settings import discover
+from workbench.images.refs import Refs
+from workbench.images.store import Store
+from workbench.linux import userns
+from workbench.model import BuildFailed, Settings
+
+pytestmark = pytest.mark.usefixtures("image")
+
+BOOKWORM = '[base]\nsuite = "bookworm"\n[apt]\npackages = ["ca-certificates"]\n'
+
+
+def written(name: str, more: str = "", base: str = BOOKWORM) -> str:
+    """A recipe's folder."""
+    folder = BASE / "recipes" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.toml").write_text(f'name = "{name}"\n{base}{more}')
+    return str(folder)
+
+
+class Bench:
+    """A store and what builds into it, in this process."""
+
+    def __init__(self, home: Path) -> None:
+        self.store, self.refs = Store(home).open(), Refs(home)
+        self.containers = Containers(str(home))
+        self.lines: list[str] = []
+
+    def build(self, folder: str, settings: Settings | None = None, epoch: int | None = None):
+        self.lines.clear()
+        found = recipe.load(folder)
+        return builder.build(
+            found, store=self.store, refs=self.refs, containers=self.containers, progress=self.lines.append,
+            settings=settings or discover(suite=found.base.suite), epoch=epoch,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def bench(home) -> Iterator[Bench]:
+    bench = Bench(home)
+    yield bench
+    bench.containers.close()
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Bench]:
+    """Another, empty store."""
+    home = BASE / "elsewhere"
+    bench = Bench(home)
+    yield bench
+    bench.containers.close()
+    userns.call("workbench.images.layer:remove", str(home))
+
+
+def epoch_of(image) -> int:
+    return int(datetime.fromisoformat(image.created.replace("Z", "+00:00")).timestamp())
+
+
+def test_a_second_build_takes_every_step_from_the_cache(bench, image):
+    began = time.monotonic()
+    assert bench.build(str(RECIPE)).id == image
+    assert time.monotonic() - began < 5
+    assert [line.partition(":")[0] for line in bench.lines] == ["base", "apt", "python"]
+    assert all(", cached (" in line for line in bench.lines)
+
+
+def test_the_image_is_what_the_recipe_promises(cli, image):
+    done = cli("run", image, str(RECIPE / "verify"), cwd=RECIPE)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("python 3.11")
+
+
+def test_a_kernels_start_writes_nothing_into_the_image(cli, image, tmp_path):
+    code = "import IPython, ipykernel.kernelapp, ipykernel.ipkernel, pandas, ipywidgets, sys; sys.exit(0)"
+    done = cli("run", image, "/opt/venv/bin/python", "-c", code, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert json.loads(cli("ps", "--all", "--json").out) == []  # one with changes would stay
+
+
+def test_the_kernel_stands_in_the_config(bench, image):
+    found = bench.store.image(image)
+    assert found.kernel is not None
+    assert found.kernel.argv[0] == "/opt/venv/bin/python"
+    assert found.kernel.supported_encryption == ("curve",)
+    assert dict(found.env)["PATH"].startswith("/opt/venv/bin:")
+    assert dict(found.labels) == {"org.jupyter.workbench.suite": "bookworm"}
+
+
+def test_another_build_elsewhere_gives_the_same_image_and_the_host_leaves_no_trace(bench, elsewhere, monkeypatch):
+    folder = written("small", '[python]\npackages = ["six"]\n[env]\nGREETING = "hello"\n')
+    here = bench.build(folder)
+    monkeypatch.setenv("TZ", "Pacific/Auckland")
+    monkeypatch.setenv("LANG", "de_DE.UTF-8")
+    before = os.umask(0o077)
+    try:
+        settings = discover(suite="bookworm")
+        # Other addresses of the same archives, as a host behind a mirror has them.
+        mirror, index = "http://deb.debian.org:80/./debian", "https://pypi.org:443/simple"
+        sources = f"deb {mirror} bookworm main\n"
+        settings = replace(
+            settings,
+            env=(*settings.env, ("UV_DEFAULT_INDEX", index), ("PIP_INDEX_URL", index), ("no_proxy", "marked.example")),
+            mirrors=(("debian", mirror),),
+            texts=(*settings.texts, ("/run/workbench/host/sources.list", sources)),
+        )
+        there = elsewhere.build(folder, settings, epoch_of(here))
+    finally:
+        os.umask(before)
+    assert there.diff_ids[2] == here.diff_ids[2]
+    assert there.diff_ids == here.diff_ids
+    assert there.id == here.id
+    layers = [str(elsewhere.store.layer(diff_id)) for diff_id in there.diff_ids]
+    marks = ["org:80", "org:443", "marked.example", "run/workbench", str(BASE), os.uname().nodename + "\n"]
+    assert userns.call("tests.build.inside:find", layers, [mark for mark in marks if len(mark) > 4]) == []
+
+
+REFUSED = [
+    ("apt", "nodeb", '[apt]\npackages = ["graphvizz"]', "Debian bookworm has no package 'graphvizz'"),
+    ("apt", "nodebver", '[apt]\npackages = ["curl=9.9"]', "Debian bookworm has no version 9.9 of package 'curl'"),
+    ("python", "nopy", '[python]\npackages = ["pandass-not-there"]', "there is no Python package 'pandass-not-there'"),
+    ("python", "nopyver", '[python]\npackages = ["six==99.1"]', "there is no version six==99.1"),
+    ("python", "clash", '[python]\npackages = ["six<1.10", "python-dateutil>=2.9", "six>=1.16"]', "do not go together"),
+    ("python", "nospec", '[python]\npackages = ["six >= abc"]', "'six >= abc' is no Python requirement"),
+]
+
+
+@pytest.mark.parametrize(("step", "name", "more", "said"), REFUSED, ids=[each[1] for each in REFUSED])
+def test_what_cannot_be_had_is_one_line_with_a_log(bench, step, name, more, said):
+    base = '[base]\nsuite = "bookworm"\n' if step == "apt" else BOOKWORM
+    folder = written(name, more, base)
+    with pytest.raises(BuildFailed) as caught:
+        bench.build(folder)
+    text = str(caught.value)
+    assert text.startswith(f"build {name}, step {step}: ")
+    assert said in text
+    assert "\n" not in text
+    assert any(line.startswith("  | ") for line in bench.lines)
+    log = re.search(r"its log is (\S+)", text)
+    assert log
+    assert Path(log[1]).read_text()
+    assert name + ":latest" not in bench.refs.all()
+    assert bench.store.check(deep=False) == []
+
+
+def test_what_has_no_wheel_is_built_from_source(bench):
+    bench.build(written("sdist", '[python]\npackages = ["docopt"]'))
+    assert any("building them from source" in line for line in bench.lines)
+
+
+def test_a_failed_base_says_why(elsewhere):
+    """The host's settings are wrong: nothing is reached, and nothing of it stays."""
+    settings = discover(suite="bookworm")
+    settings = replace(settings, env=(*settings.env, ("http_proxy", "http://127.0.0.1:9")))
+    with pytest.raises(BuildFailed, match=r"step base: .*(cannot be reached|cannot be resolved|127\.0\.0\.1)"):
+        elsewhere.build(written("nobase", base='[base]\nsuite = "bookworm"\n'), settings, epoch=1)
+    assert list((elsewhere.store.home / "tmp").iterdir()) == []
+
+
+def start(folder: str, home: Path) -> subprocess.Popen[str]:
+    """``build`` in a process of its own, as a terminal would start it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "workbench", "build", folder],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env=os.environ | {"WORKBENCH_HOME": str(home), "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+
+
+def until(process: subprocess.Popen[str], pattern: str) -> list[str]:
+    """What it says up to a line that matches."""
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if re.search(pattern, line):
+            break
+    return said
+
+
+def clean(home: Path) -> bool:
+    """Whether a store that is opened again holds no staging, no lock and no problem."""
+    store = Store(home).open()
+    left = [path for path in (home / "tmp").iterdir() if not path.name.endswith(".lease")]
+    return not left and store.check(deep=False) == []
+
+
+def settled(home: Path) -> bool:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if clean(home):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_two_builds_at_once_make_each_step_once(home, cli):
+    folder = written("twins", '[python]\npackages = ["six==1.16.0"]')
+    processes = [start(folder, home) for _ in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert sum("python: done in" in text for text in said) == 1
+    assert sum(bool(re.search(r"python: .*, cached", text)) for text in said) == 1
+    assert len({row["id"] for row in json.loads(cli("images", "--json").out) if "twins:latest" in row["names"]}) == 1
+
+
+def test_ctrl_c_ends_the_running_step_and_keeps_the_ones_before(home):
+    folder = written(
+        "stopped", '[python]\npackages = ["six"]', '[base]\nsuite = "bookworm"\n[apt]\npackages = ["hello"]\n'
+    )
+    process = start(folder, home)
+    until(process, r"apt: fetch")
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=20)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert "Traceback" not in rest
+    assert settled(home)
+    again = start(folder, home)
+    _, said = again.communicate(timeout=120)
+    assert again.returncode == 0
+    assert re.search(r"base: .*, cached", said)
+    assert "apt: done in" in said
+
+
+def test_kill_9_at_any_point_leaves_a_clean_store(home):
+    """Ten points, spread over the apt and the Python step; then the build goes through."""
+    points = [0.1, 0.4, 0.8, 1.2, 1.8, 2.5, 3.3, 4.2, 5.5, 7.0]
+    packages = '[python]\npackages = ["six", "attrs"]'
+    base = '[base]\nsuite = "bookworm"\n[apt]\npackages = ["hello", "ca-certificates"]\n'
+    folder = written("killed", packages, base)
+    for point in points:
+        process = start(folder, home)
+        time.sleep(point + random.random() / 10)
+        process.kill()
+        process.communicate(timeout=20)
+        assert settled(home), f"killed after {point} s"
+    process = start(folder, home)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+
+
+def test_kill_9_in_the_base(elsewhere):
+    home = elsewhere.store.home
+    folder = written("killedbase", base='[base]\nsuite = "trixie"\n')
+    process = start(folder, home)
+    until(process, r"base: (extracting|downloading)")
+    process.kill()
+    process.communicate(timeout=20)
+    assert settled(home)
+    assert elsewhere.store.layers() == []
