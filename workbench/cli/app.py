@@ -10,7 +10,6 @@ from typing import Any
 from jupyter_core.application import JupyterApp
 from traitlets.config.loader import ConfigFileNotFound
 
-from workbench import __version__
 from workbench.cli import Kernelspecs
 from workbench.cli.commands import execute
 from workbench.cli.options import CONFIG_NAME, Parsed
@@ -24,7 +23,6 @@ class WorkbenchApp(JupyterApp):
 
     name = "jupyter-workbench"
     description = __doc__
-    version = __version__
     classes = [Workbench]  # noqa: RUF012 - traitlets declares it so
 
     def _config_file_name_default(self) -> str:

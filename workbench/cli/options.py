@@ -191,6 +191,16 @@ def parser_of(name: str) -> argparse.ArgumentParser:
     return parser
 
 
+class _Version(argparse.Action):
+    """Reads the version only when it is asked for: the look into the metadata takes 20 ms."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(version("jupyter-workbench"))
+        parser.exit()
+
+
 def _overview() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
@@ -204,9 +214,7 @@ def _overview() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    from workbench import __version__
-
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     parser.add_argument("--help-all", action="store_true", help="every setting of the configuration file")
     parser.add_argument("--generate-config", action="store_true", help=f"write a {CONFIG_NAME}.py to fill in")
     _common(parser)
