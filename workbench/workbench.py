@@ -180,7 +180,8 @@ class Workbench(LoggingConfigurable):
             argv=tuple(argv or (image.kernel.argv if image.kernel else image.cmd) or ("/bin/sh",)),
             env=spec.environment(image.env, settings, env),
             cwd=own[0].target if own else image.working_dir,
-            layers=tuple(str(self.store.layer(diff_id)) for diff_id in reversed(image.diff_ids)),
+            # Of a layer that an image names twice only the higher one shows; overlayfs takes each once.
+            layers=tuple(dict.fromkeys(str(self.store.layer(diff_id)) for diff_id in reversed(image.diff_ids))),
             hostname=container_id,
             mounts=(*own, *(spec.parse_mount(text) for text in self.mounts), *mounts, *_files(settings)),
             hidden=tuple(hidden),

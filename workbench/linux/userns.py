@@ -262,7 +262,10 @@ def _main(kind: str, ready: str, go: str, target: str, *arguments: str) -> None:
         except OSError:
             os.write(ready_fd, b"0")
             sys.exit(1)
-        os.write(ready_fd, b"1")
+        try:
+            os.write(ready_fd, b"1")
+        except BrokenPipeError:  # who asked was killed
+            sys.exit(1)
     if os.read(go_fd, 1) != b"1":
         sys.exit(1)
     if kind != "root":
