@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import BASE, RECIPE
 from workbench.build import builder, recipe
 from workbench.containers.container import Containers
-from workbench.containers.host_settings import discover
+from workbench.containers.host_settings import APT_SOURCES, apt_sources, discover
 from workbench.images.refs import Refs
 from workbench.images.store import Store
 from workbench.linux import userns
@@ -117,12 +117,12 @@ def test_another_build_elsewhere_gives_the_same_image_and_the_host_leaves_no_tra
         settings = discover(suite="bookworm")
         # Other addresses of the same archives, as a host behind a mirror has them.
         mirror, index = "http://deb.debian.org:80/./debian", "https://pypi.org:443/simple"
-        sources = f"deb {mirror} bookworm main\n"
+        mirrors = {"debian": mirror, "security": "http://security.debian.org:80/./debian-security"}
         settings = replace(
             settings,
             env=(*settings.env, ("UV_DEFAULT_INDEX", index), ("PIP_INDEX_URL", index), ("no_proxy", "marked.example")),
-            mirrors=(("debian", mirror),),
-            texts=(*settings.texts, ("/run/workbench/host/sources.list", sources)),
+            mirrors=tuple(mirrors.items()),
+            texts=(*settings.texts, (APT_SOURCES, apt_sources("bookworm", mirrors))),
         )
         there = elsewhere.build(folder, settings, epoch_of(here))
     finally:
@@ -214,7 +214,7 @@ def settled(home: Path) -> bool:
 
 
 def test_two_builds_at_once_make_each_step_once(home, cli):
-    folder = written("twins", '[python]\npackages = ["six==1.16.0"]')
+    folder = written("twins", f'[python]\npackages = ["six==1.16.0", "six!=0.0.{random.randint(1, 10**9)}"]')
     processes = [start(folder, home) for _ in range(2)]
     said = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
@@ -223,10 +223,13 @@ def test_two_builds_at_once_make_each_step_once(home, cli):
     assert len({row["id"] for row in json.loads(cli("images", "--json").out) if "twins:latest" in row["names"]}) == 1
 
 
+def fresh_apt() -> str:
+    """A step that is in no cache yet, also where the store is kept between runs: the same package, n times."""
+    return f'[base]\nsuite = "bookworm"\n[apt]\npackages = {json.dumps(["hello"] * random.randint(2, 999))}\n'
+
+
 def test_ctrl_c_ends_the_running_step_and_keeps_the_ones_before(home):
-    folder = written(
-        "stopped", '[python]\npackages = ["six"]', '[base]\nsuite = "bookworm"\n[apt]\npackages = ["hello"]\n'
-    )
+    folder = written("stopped", base=fresh_apt())
     process = start(folder, home)
     until(process, r"apt: fetch")
     process.send_signal(signal.SIGINT)
@@ -241,18 +244,26 @@ def test_ctrl_c_ends_the_running_step_and_keeps_the_ones_before(home):
     assert "apt: done in" in said
 
 
-def test_kill_9_at_any_point_leaves_a_clean_store(home):
-    """Ten points, spread over the apt and the Python step; then the build goes through."""
-    points = [0.1, 0.4, 0.8, 1.2, 1.8, 2.5, 3.3, 4.2, 5.5, 7.0]
-    packages = '[python]\npackages = ["six", "attrs"]'
-    base = '[base]\nsuite = "bookworm"\n[apt]\npackages = ["hello", "ca-certificates"]\n'
-    folder = written("killed", packages, base)
-    for point in points:
+# Two quick recipes, so that ten kills take seconds: one up to its Debian packages, one up to Python's.
+POINTS = {
+    "apt": ["", "base: .*cached", r"apt: \d+ Debian", "apt: fetching", "apt: (fetched|building)", "apt: keeping"],
+    "python": ["apt: .*cached", "python: 1", "python: (resolved|prepared|installed)", "python: keeping"],
+}
+
+
+@pytest.mark.parametrize("step", POINTS)
+def test_kill_9_at_any_point_leaves_a_clean_store(home, step):
+    unlike = f'[python]\npackages = ["attrs!=0.0.{random.randint(1, 10**9)}"]'
+    folder = written(f"killed-{step}", unlike if step == "python" else "", fresh_apt() if step == "apt" else BOOKWORM)
+    for point in POINTS[step]:
         process = start(folder, home)
-        time.sleep(point + random.random() / 10)
+        if point:
+            until(process, point)
+        else:
+            time.sleep(0.1)
         process.kill()
         process.communicate(timeout=20)
-        assert settled(home), f"killed after {point} s"
+        assert settled(home), f"killed after {point!r}"
     process = start(folder, home)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
