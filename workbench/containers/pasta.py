@@ -153,7 +153,7 @@ def arguments(target: int, pid_file: str) -> list[str]:
     forward = [] if resolver.nameservers(rootful=False) else ["--dns-forward", resolver.FORWARDED]
     return [
         # --runas: it takes uid 0 of a small user namespace for the host's root, and would become nobody.
-        "--foreground", "--quiet", "--runas", "0", "--config-net", "--no-map-gw", *forward,
+        "--foreground", "--quiet", "--runas", "0", "--ns-ifname", "eth0", "--config-net", "--no-map-gw", *forward,
         "-t", "none", "-u", "none", "-T", "none", "-U", "none",
         "--pid", pid_file, "--userns", f"/proc/{target}/ns/user", "--netns", f"/proc/{target}/ns/net",
     ]  # fmt: skip
