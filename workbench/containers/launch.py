@@ -22,7 +22,7 @@ from workbench.linux.userns import HostIds
 from workbench.model import Conflict, Exit, HostLacks, LaunchFailed, WorkbenchError, format_size
 
 INIT_CANDIDATES = ("/usr/bin/tini-static", "/usr/local/bin/tini-static", "/sbin/tini-static")
-SLOTS_FOLDER = "/run/workbench/slots"
+SLOTS_FOLDER = "/run/workbench-slots"
 SLOTS = 8192
 
 
@@ -287,14 +287,15 @@ class Launcher:
 
 def take_slot() -> tuple[int, int]:
     """A number that no other running container of this host has, for its ids and its address; and its lock."""
-    os.makedirs(SLOTS_FOLDER, 0o700, exist_ok=True)
     for number in range(1, SLOTS):
         path = f"{SLOTS_FOLDER}/{number}"
-        try:
-            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:  # the last one just took the folder along
-            os.makedirs(SLOTS_FOLDER, 0o700, exist_ok=True)
-            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        while True:
+            try:
+                fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+                break
+            except FileNotFoundError:  # the first one makes the folder, the last one takes it along
+                with suppress(FileExistsError):
+                    os.mkdir(SLOTS_FOLDER, 0o700)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(fd).st_ino == os.stat(path).st_ino:  # not one that was just given back
@@ -310,9 +311,8 @@ def release_slot(number: int, lock: int) -> None:
     with suppress(OSError):
         os.unlink(f"{SLOTS_FOLDER}/{number}")
     os.close(lock)
-    for folder in (SLOTS_FOLDER, os.path.dirname(SLOTS_FOLDER)):
-        with suppress(OSError):
-            os.rmdir(folder)
+    with suppress(OSError):
+        os.rmdir(SLOTS_FOLDER)
 
 
 def bury(folder: str, name: str) -> None:

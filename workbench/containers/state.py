@@ -129,9 +129,14 @@ def run_base() -> str:
         base = os.path.join(runtime, "workbench")
     else:
         base = f"/tmp/workbench-{uid}"
-    with suppress(FileExistsError):
-        os.mkdir(base, 0o700)
-    found = os.lstat(base)
+    while True:
+        with suppress(FileExistsError):
+            os.mkdir(base, 0o700)
+        try:
+            found = os.lstat(base)
+            break
+        except FileNotFoundError:  # the last container that ended just took it along
+            continue
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != uid or found.st_mode & 0o077:
         raise Conflict("make a folder for sockets", f"{base} is not this user's own", f"remove {base}")
     return base
@@ -145,10 +150,10 @@ def make_run_dir(name: str) -> tuple[str, int]:
             os.mkdir(path, 0o700)
             os.mkdir(os.path.join(path, "host"), 0o700)
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:  # the last container that ended just took the folder above along
+        except FileNotFoundError:  # as above, or a sweep was quicker than the lock
             continue
         fcntl.flock(fd, fcntl.LOCK_EX)
-        if os.path.exists(path):  # a sweep may have been quicker than the lock
+        if os.path.exists(path):
             return path, fd
         os.close(fd)
 
@@ -156,7 +161,11 @@ def make_run_dir(name: str) -> tuple[str, int]:
 def sweep_run_dirs() -> None:
     """Remove run folders that no process holds: their launchers were killed."""
     base = run_base()
-    for name in os.listdir(base):
+    try:
+        names = os.listdir(base)
+    except FileNotFoundError:
+        return
+    for name in names:
         path = os.path.join(base, name)
         if len(name) != 12:
             continue
