@@ -92,16 +92,16 @@ def _attend(container: Container, wakeup: int) -> Exit:
         poll = select.poll()
         for fd in (done_r, wakeup):
             poll.register(fd, select.POLLIN)
-        asked_to_end = False
+        waiting = b""  # signals that came before there was anybody to hand them on to
         while not started.done():
             for fd, _ in poll.poll():
                 if fd == wakeup:
-                    asked_to_end |= any(number != signal.SIGWINCH for number in os.read(wakeup, 64))
+                    waiting += os.read(wakeup, 64)
                 else:
                     os.read(done_r, 1)
         started.result()
-        if asked_to_end:  # before there was anybody to hand it on to
-            container.kill()
+        for number in waiting.replace(bytes([signal.SIGWINCH]), b""):
+            container.signal(number)
         container.exited.add_done_callback(lambda _: os.write(done_w, b"e"))
         if container.terminal >= 0:
             from workbench.cli.terminal import Terminal
