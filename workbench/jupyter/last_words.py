@@ -3,9 +3,9 @@
 A kernel killed by its memory limit says nothing itself. Its iopub socket is a Unix socket whose name the host
 may take over: every client's SUB socket reconnects to that name by itself (libzmq does within 0.2 s), and gets
 one ``stream`` message on stderr, signed like the kernel's own. To be shown, it must name the request that was
-running as its parent. So a SUB socket of ours follows the kernel's ``execute_input`` messages, one short message
-an execution, and takes them out of its queue at most twice a second, so that the kernel's round trips don't
-feel it.
+running as its parent. So a SUB socket of ours follows the kernel's ``status`` messages, two short ones for each
+execution (``busy`` is the first that a kernel says of a request), and takes them out of its queue at most twice a
+second, so that the kernel's round trips don't feel it.
 
 One thread, for all kernels of this process, that sleeps while nothing happens. It owns the sockets: a ZeroMQ
 socket is not to be shared between threads.
@@ -32,7 +32,7 @@ WINDOW = 0.6
 _DELIMITER = b"<IDS|MSG>"
 # ipykernel publishes under "kernel.<id>.<type>"; outputs have other topics and never come here.
 _ANY = b"kernel."
-_REQUEST = b".execute_input"
+_REQUEST = b".status"
 
 
 @dataclass(eq=False)
@@ -149,7 +149,7 @@ class LastWords:
             while True:
                 frames = socket.recv_multipart(zmq.NOBLOCK)
                 topic = frames[0]
-                if topic.endswith(_REQUEST):
+                if topic.endswith(_REQUEST) and b'"busy"' in frames[-1] and b'"execute_request"' in frames[-3]:
                     last = frames
                 if listener.topic == _ANY and topic.count(b".") >= 2:
                     # from now on only what is needed, not even the kernel's other small messages

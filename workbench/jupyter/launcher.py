@@ -27,6 +27,7 @@ from workbench.jupyter.relay import Relay
 from workbench.model import Exit, InvalidInput, LaunchFailed, WorkbenchError
 
 if TYPE_CHECKING:
+    from workbench.containers.client import HelperClient
     from workbench.containers.container import Container
     from workbench.workbench import Workbench
 
@@ -128,6 +129,7 @@ class _Launcher:
         self._file = connection.read(connection_file)
         # Before the container exists: clients look for open ports to see whether a kernel comes up.
         self._listeners = listen(self._file)
+        self._helper = _helper_ahead()
         self._relay: Relay | None = None
 
     def run(self) -> int:
@@ -169,15 +171,15 @@ class _Launcher:
             if self._container is not None:
                 self._container.settle()
         finally:
-            if self._workbench is not None:
-                self._workbench.close()
+            self._helper.close()
 
     # -- steps ----------------------------------------------
 
     def _create(self) -> Container:
-        from workbench.workbench import Workbench  # late, so that the ports are open by now
+        from workbench.jupyter import shared  # late, so that the ports are open by now
 
-        self._workbench = workbench = Workbench()
+        self._workbench = workbench = shared.workbench()
+        workbench.containers.helper = self._helper
         image = workbench.image(self._ref)
         kernel = image.kernel
         if kernel is None:
@@ -317,6 +319,16 @@ def _bind_private(listener: socket.socket, path: str) -> None:
 
 def _ipc_paths(file: connection.ClientFile) -> list[str]:
     return [f"{file.ip}-{port}" for port in file.ports]
+
+
+def _helper_ahead() -> HelperClient:
+    """The helper gets ready beside the imports of this process, not after them. Before any thread is started."""
+    from workbench.containers.client import HelperClient
+
+    helper = HelperClient(fork=True)
+    with contextlib.suppress(WorkbenchError, OSError):  # it fails again, with its message, when it is asked
+        helper.request("warm", network="outbound")
+    return helper
 
 
 def _pidfd_of_parent() -> int:
