@@ -178,6 +178,7 @@ def alone(code: str) -> str:
         "sc.mount(None, '/', None, sc.MS_REC | sc.MS_PRIVATE)\n"
         "sc.mount('none', '/sys', 'sysfs')\n"
         "from workbench.containers import network, links\n"
+        "links.sysctl('ipv4/ip_forward', '0')\n"  # a new namespace copies the host's
         "bridge = network._Bridge()\n"
         "def tables(): return [t.get_attr('NFTA_TABLE_NAME') for t in bridge.nft.get_tables()]\n"
         "def guest(): return subprocess.Popen(['unshare', '-n', 'sleep', '60'])\n"
@@ -243,6 +244,34 @@ one.kill(); one.wait(); bridge.tidy()
 print(links.sysctl('ipv4/conf/up/forwarding'))
 """)
     assert said.splitlines() == ["['workbench'] ['0', '1', '1']", "['workbench']", "0"]
+
+
+@needs_root
+def test_through_a_firewall_that_forwards_nothing() -> None:
+    """As Docker and ufw leave a host; with packets, and without a trace in their table."""
+    said = alone("""
+world = guest(); time.sleep(0.3)
+bridge.ip.link('add', ifname='way', kind='veth', peer={'ifname': 'way', 'net_ns_pid': world.pid})
+bridge.ip.link('set', index=links.index('way'), state='up')
+bridge.ip.addr('add', index=links.index('way'), address='198.51.100.2', prefixlen=24)
+bridge.ip.route('add', dst='default', gateway='198.51.100.1')
+enter = lambda pid: ['nsenter', '-n', '-t', str(pid)]
+subprocess.run([*enter(world.pid), 'sh', '-c', 'ip addr add 198.51.100.1/24 dev way; ip link set way up'])
+serve = 'import socket; s = socket.create_server(("0.0.0.0", 80)); print(1, flush=True); print(s.accept()[1][0])'
+server = subprocess.Popen([*enter(world.pid), 'python3', '-c', serve], stdout=subprocess.PIPE, text=True)
+server.stdout.readline()
+bridge.nft.table('add', name='filter')
+bridge.nft.chain('add', table='filter', name='FORWARD', hook='forward', type='filter', priority=0, policy=0)
+bridge.attach(one.pid, 1, '0123456789ab')
+call = 'import socket; socket.create_connection(("198.51.100.1", 80), 5)'
+print(subprocess.run([*enter(one.pid), 'python3', '-c', call]).returncode, server.communicate(timeout=10)[0].strip())
+ours = lambda: [r for r in bridge.nft.get_rules() if r.get_attr('NFTA_RULE_TABLE') == 'filter']
+print(len(ours()), end=' ')
+one.kill(); one.wait(); bridge.tidy()
+print(len(ours()), tables())
+bridge.nft.table('del', name='filter'); world.kill(); world.wait()
+""")
+    assert said.splitlines() == ["0 198.51.100.2", "2 0 ['filter']"]
 
 
 @needs_root

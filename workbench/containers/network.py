@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from workbench.containers import links, resolver
 from workbench.containers.pasta import Pasta
+from workbench.containers.rules import Rules
 from workbench.linux import syscalls as sc
 from workbench.model import HostLacks, Network, WorkbenchError
 
@@ -300,7 +301,7 @@ class _Bridge:
         from pyroute2.nftables.main import NFTables
 
         self._open = cast(Any, IPRoute)
-        self._rules = _Rules(expressions)
+        self._rules = Rules(expressions)
         self._ipaddress = ipaddress
         self.ip = self._open()
         self.nft = cast(Any, NFTables)(nfgen_family=socket.AF_INET)
@@ -421,6 +422,28 @@ class _Bridge:
             ("input", x.from_bridge(), x.reject()),
         ):
             self.nft.rule("add", table=_TABLE, chain=chain, expressions=parts)
+        self._pass_others()
+
+    def _pass_others(self) -> None:
+        """Where another table lets nothing be forwarded by default (Docker's, ufw's), make it leave that to ours.
+
+        The rules are as ``iptables -I FORWARD -i wb0 -j ACCEPT`` writes them, since iptables has to understand them.
+        """
+        self._leave_others()
+        for chain in self.nft.get_chains():
+            hook = chain.get_attr("NFTA_CHAIN_HOOK")
+            table = chain.get_attr("NFTA_CHAIN_TABLE")
+            forward = hook is not None and hook.get_attr("NFTA_HOOK_HOOKNUM") == 2
+            if forward and table != _TABLE and chain.get_attr("NFTA_CHAIN_POLICY") == 0:
+                for part in (self._rules.from_bridge(), self._rules.to_bridge(True)):
+                    name = chain.get_attr("NFTA_CHAIN_NAME")
+                    self.nft.rule("insert", table=table, chain=name, expressions=(part, self._rules.accept()))
+
+    def _leave_others(self) -> None:
+        for rule in self.nft.get_rules():
+            table, chain = rule.get_attr("NFTA_RULE_TABLE"), rule.get_attr("NFTA_RULE_CHAIN")
+            if table != _TABLE and self._rules.passes_bridge(rule.get_attr("NFTA_RULE_EXPRESSIONS") or ()):
+                self.nft.rule("del", table=table, chain=chain, handle=rule.get_attr("NFTA_RULE_HANDLE"))
 
     def remove(self, port: str) -> None:
         """Remove a link, of a pair both ends, if it is still there."""
@@ -443,60 +466,7 @@ class _Bridge:
     def _remove_shared(self) -> None:
         links.stop_forwarding()
         with suppress(Exception):
+            self._leave_others()
+        with suppress(Exception):
             self.nft.table("del", name=_TABLE)
         self.remove(links.BRIDGE)
-
-
-class _Rules:
-    """nf_tables expressions (nft(8)), as lists that pyroute2 takes."""
-
-    def __init__(self, expressions: Any) -> None:
-        self._new = expressions.genex
-        self.masquerade = expressions.masq
-        self._verdict = expressions.verdict
-        self._address = expressions.ipv4addr
-
-    def _is(self, value: bytes, equal: bool = True) -> dict[str, Any]:
-        data = {"attrs": [("NFTA_DATA_VALUE", value)]}
-        return dict(self._new("cmp", {"sreg": 1, "op": int(not equal), "data": data}))
-
-    def _interface(self, key: int, equal: bool) -> list[dict[str, Any]]:
-        return [self._new("meta", {"key": key, "dreg": 1}), self._is(links.BRIDGE.encode().ljust(16, b"\0"), equal)]
-
-    def from_bridge(self) -> list[dict[str, Any]]:
-        return self._interface(6, True)  # NFT_META_IIFNAME
-
-    def to_bridge(self, equal: bool) -> list[dict[str, Any]]:
-        return self._interface(7, equal)  # NFT_META_OIFNAME
-
-    def source(self, network: ipaddress.IPv4Network) -> list[dict[str, Any]]:
-        return list(self._address(src=str(network)))
-
-    def answers(self) -> list[dict[str, Any]]:
-        """Packets of connections that were made the other way (ct state established,related)."""
-        mask = {"attrs": [("NFTA_DATA_VALUE", struct.pack("=I", 2 | 4))]}
-        zero = {"attrs": [("NFTA_DATA_VALUE", bytes(4))]}
-        return [
-            self._new("ct", {"key": 0, "dreg": 1}),
-            self._new("bitwise", {"sreg": 1, "dreg": 1, "len": 4, "mask": mask, "xor": zero}),
-            self._is(bytes(4), equal=False),
-        ]
-
-    def port(self, protocol: int, number: int) -> list[dict[str, Any]]:
-        """To this port of that protocol."""
-        return [
-            self._new("meta", {"key": 16, "dreg": 1}),  # NFT_META_L4PROTO
-            self._is(bytes([protocol])),
-            self._new("payload", {"dreg": 1, "base": 2, "offset": 2, "len": 2}),
-            self._is(struct.pack("!H", number)),
-        ]
-
-    def accept(self) -> list[dict[str, Any]]:
-        return list(self._verdict(code=1))
-
-    def drop(self) -> list[dict[str, Any]]:
-        return list(self._verdict(code=0))
-
-    def reject(self) -> list[dict[str, Any]]:
-        """Refuse at once, with an ICMP "port unreachable"."""
-        return [self._new("reject", {"type": 0, "icmp_code": 3})]
