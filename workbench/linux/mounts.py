@@ -289,12 +289,14 @@ def open_source(path: str, userns_fd: int = -1) -> int:
     Raises OSError; EINVAL from a file system that knows no id-mapped mounts.
     """
     tree = sc.open_tree(sc.AT_FDCWD, path, sc.OPEN_TREE_CLONE | sc.AT_RECURSIVE)
-    if userns_fd >= 0:
-        try:
-            sc.mount_setattr(tree, userns_fd=userns_fd, recursive=True)
-        except OSError as error:
-            os.close(tree)
-            raise OSError(error.errno, f"{error.strerror} (id-mapping the mount)", path) from None
+    try:
+        # A copy of a shared mount is its peer: what is mounted on it inside, to cover something, would appear on
+        # the host as well, and what the host mounts later inside (mount_namespaces(7), systemd shares all).
+        sc.mount_setattr(tree, propagation=sc.MS_PRIVATE, userns_fd=userns_fd, recursive=True)
+    except OSError as error:
+        os.close(tree)
+        what = "id-mapping the mount" if userns_fd >= 0 else "making the mount private"
+        raise OSError(error.errno, f"{error.strerror} ({what})", path) from None
     return tree
 
 

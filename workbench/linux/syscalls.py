@@ -171,14 +171,17 @@ def move_mount(from_fd: int, to_fd: int, to_path: str = "") -> None:
     _check(_syscall("move_mount", from_fd, b"", to_fd, _path(to_path), flags), to_path)
 
 
-def mount_setattr(fd: int, *, attr_set: int = 0, attr_clr: int = 0, userns_fd: int = -1, recursive: bool) -> None:
+def mount_setattr(
+    fd: int, *, attr_set: int = 0, attr_clr: int = 0, propagation: int = 0, userns_fd: int = -1, recursive: bool
+) -> None:
     """Change a mount's attributes, its id map among them (mount_setattr(2)).
 
-    userns_fd: a user namespace whose id map the mount takes; -1 for none.
+    propagation: MS_PRIVATE, MS_SLAVE, or 0 to leave it; userns_fd: a user namespace whose id map the mount
+    takes, -1 for none.
     """
     if userns_fd >= 0:
         attr_set |= MOUNT_ATTR_IDMAP
-    attr = struct.pack("QQQQ", attr_set, attr_clr, 0, max(userns_fd, 0))
+    attr = struct.pack("QQQQ", attr_set, attr_clr, propagation, max(userns_fd, 0))
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)
     _check(_syscall("mount_setattr", fd, b"", flags, attr, len(attr)))
 
