@@ -257,8 +257,13 @@ class Workbench(LoggingConfigurable):
 
     def gc(self) -> dict[str, int]:
         """Remove what no name, container or running job needs: layers, blobs and bytes that went."""
+        from workbench.build.cache import Cache
+
         self.sweep()
-        return self.store.gc(container.image_id for container in self.containers)
+        done = self.store.gc(container.image_id for container in self.containers)
+        cache = Cache(self.home)
+        cache.prune(self.store.has_layer)
+        return done | {"bytes": done["bytes"] + cache.drop_downloads()}
 
     def check(self, repair: bool = False) -> list[Problem]:
         """Hold every file of the store against its digest; what is wrong, and with ``repair`` what was mended."""

@@ -117,15 +117,15 @@ class _Build:
         step = steps.python(self.recipe)
         if not step:
             return
-        cache = str(self.cache.uv)
 
         def make(staging: Path) -> Path:
-            try:
-                return self._run_all(step, steps.python_runs(step, cache), staging / "container")
-            except _NeedsSource:
-                self.progress(f"  {step.name}: not all packages have wheels, building them from source")
-                runs = steps.python_runs(step, cache, wheels_only=False)
-                return self._run_all(step, runs, staging / "again")
+            with self.cache.downloads() as cache:
+                try:
+                    return self._run_all(step, steps.python_runs(step, str(cache)), staging / "container")
+                except _NeedsSource:
+                    self.progress(f"  {step.name}: not all packages have wheels, building them from source")
+                    runs = steps.python_runs(step, str(cache), wheels_only=False)
+                    return self._run_all(step, runs, staging / "again")
 
         self._layer(step, make)
 

@@ -5,7 +5,7 @@
     cache/<key>.json    the layer and what it took; useless, and overwritten, once the layer is gone
     cache/<key>.lock    held (flock(2)) while the step is built
     cache/logs/         the logs of steps that failed
-    cache/uv/           uv's own cache, shared by builds
+    cache/uv/files/     uv's own cache, shared by builds, which hold a lock of the folder above it
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from workbench.linux import userns
 
 
 class Cache:
@@ -84,3 +86,31 @@ class Cache:
                 path.unlink(missing_ok=True)
         for path in self.folder.glob("*.new"):
             path.unlink(missing_ok=True)
+
+    @contextmanager
+    def downloads(self) -> Iterator[Path]:
+        """uv's cache, for as long as a step uses it; nobody drops it meanwhile."""
+        fd = os.open(self.uv, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            files = self.uv / "files"
+            files.mkdir(0o700, exist_ok=True)
+            yield files
+        finally:
+            os.close(fd)
+
+    def drop_downloads(self) -> int:
+        """Empty uv's cache, which only saves downloads; bytes that went, 0 while a build uses it."""
+        fd = os.open(self.uv, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            size = sum(
+                os.lstat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(self.uv) for name in names
+            )
+            if size:
+                userns.call("workbench.images.layer:remove", str(self.uv / "files"))
+            return size
+        except BlockingIOError:
+            return 0
+        finally:
+            os.close(fd)

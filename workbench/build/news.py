@@ -70,6 +70,22 @@ class Log:
             self._progress(f"  {self._name}: {said}")
 
 
+# Of apt's downloads only packages have a version before their size; its indexes have none.
+_COUNTED = (
+    (r"Get:\d+ \S+ \S+ \S+ (\S+) \S+ \S+ \[", "fetching"),
+    (r"Unpacking (\S+)", "unpacking"),
+    (r"Setting up (\S+)", "setting up"),
+)
+_MMDEBSTRAP = {
+    "running apt-get update": "reading the package lists",
+    "downloading packages with apt": "downloading packages",
+    "extracting archives": "unpacking packages",
+    "installing essential packages": "installing essential packages",
+    "installing remaining packages inside the chroot": "installing the other packages",
+    "cleaning package lists and apt cache": "cleaning up",
+}
+
+
 class Counts:
     """Turns the lines of apt, dpkg, mmdebstrap and uv into "unpacking 12 of 40"."""
 
@@ -81,18 +97,17 @@ class Counts:
         """The news in a line, or nothing."""
         if found := re.search(r"\b(\d+) newly installed", line):
             self._total = int(found[1])
-        for pattern, what in (
-            (r"Get:\d+ \S+ \S+ \S+ (\S+) amd64|Get:\d+ .* (\S+) \S+ \S+ \[", "fetching"),
-            (r"Unpacking (\S+)", "unpacking"),
-            (r"Setting up (\S+)", "setting up"),
-        ):
+        for pattern, what in _COUNTED:
             if found := re.match(pattern, line):
                 self._done[what] += 1
-                name = next(filter(None, found.groups()), "")
                 of = f" of {self._total}" if self._total >= self._done[what] else ""
-                return f"{what} {self._done[what]}{of} ({name})"
+                return f"{what} {self._done[what]}{of} ({found[1]})"
         if found := re.match(r"I: (.*?)\.*$", line):
-            return found[1]
+            return _MMDEBSTRAP.get(found[1], "")
+        if re.match(r"(Get|Hit|Ign):1 ", line):
+            return "reading the package lists"
+        if line == "Building dependency tree...":
+            return "choosing packages"
         if re.match(r"(Resolved|Prepared|Installed|Downloading|Building|Fetched) ", line):
             return line[:1].lower() + line[1:]
         return ""
