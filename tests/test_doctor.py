@@ -53,6 +53,8 @@ def test_without_libseccomp(image):
     code, checks = examine(hide(path))
     assert code == 1 and checks["system call filter"]["state"] == "missing"
     assert "libseccomp2" in checks["system call filter"]["remedy"]
+    if not ROOT:  # unshare made us root of a namespace without sub-ids: a launch has other reasons to fail there
+        return
     done = subprocess.run(
         [*ELSEWHERE, "sh", "-euc", f"{hide(path)}\nexec {MAIN} run --network none python true"],
         capture_output=True, text=True, check=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -64,6 +65,16 @@ def test_a_foreign_store_is_refused(cli, tmp_path):
     done = cli("images", WORKBENCH_HOME=foreign)
     assert done.code == 1 and one_line(done.err), done
     assert cli("doctor", WORKBENCH_HOME=foreign).code == 1
+
+
+def test_a_host_without_user_namespaces_is_told_and_nothing_stays(cli, image):
+    forbid = "echo 0 > /proc/sys/user/max_user_namespaces"  # of the namespace that unshare(1) makes
+    run = "env WORKBENCH_SINGLE_ID=1 " + shlex.join([*MAIN, "run", "--network", "none", "python", "true"])
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "sh", "-euc", f"{forbid}\nexec {run}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and one_line(done.stderr), done
 
 
 def test_debug_gives_the_traceback(cli):

@@ -81,15 +81,11 @@ def test_pips_settings_from_files_and_variables(host):
 
 
 def test_uv_gets_its_own_settings_or_else_pips(host):
-    host.write(
-        "/etc/pip.conf", "[global]\nindex-url = https://a/simple\nextra-index-url = https://c/simple\n"
-    )
+    host.write("/etc/pip.conf", "[global]\nindex-url = https://a/simple\nextra-index-url = https://c/simple\n")
     found = dict(host.discover().env)
     assert (found["UV_DEFAULT_INDEX"], found["UV_INDEX"]) == ("https://a/simple", "https://c/simple")
     assert found["UV_INDEX_STRATEGY"] == "unsafe-best-match"
-    host.write(
-        "/home/.config/uv/uv.toml", '[[index]]\nname = "x"\nurl = "https://u/simple"\ndefault = true\n'
-    )
+    host.write("/home/.config/uv/uv.toml", '[[index]]\nname = "x"\nurl = "https://u/simple"\ndefault = true\n')
     found = dict(host.discover().env)
     assert found["UV_DEFAULT_INDEX"] == "https://u/simple"
     assert "UV_INDEX" not in found

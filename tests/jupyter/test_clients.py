@@ -51,7 +51,7 @@ def test_jupyter_execute_says_why_a_kernel_died(tmp_path: Path) -> None:
 
 
 def test_papermill(tmp_path: Path) -> None:
-    path = notebook(tmp_path, "x = 6", "print(x * 7)", "import os; os._exit(3)")
+    path = notebook(tmp_path, "x = 6", "print(x * 7)", "import os, time; time.sleep(0.3); os._exit(3)")
     command = [sys.executable, "-m", "papermill", "-k", "wb-python", str(path), str(tmp_path / "out.ipynb")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode != 0

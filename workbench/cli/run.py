@@ -6,12 +6,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from workbench.cli import show
+from workbench.containers import state
 from workbench.containers.spec import parse_mount
-from workbench.model import Exit, InvalidInput, Limits, parse_size
+from workbench.model import Exit, InvalidInput, Limits, WorkbenchError, parse_size
 
 if TYPE_CHECKING:
     from workbench.cli import Kernelspecs
@@ -45,8 +46,10 @@ def run(bench: Workbench, options: Any, _: Callable[[], Kernelspecs]) -> int:
     try:
         with _signals() as wakeup:
             ended = _attend(container, wakeup)
-    finally:
-        kept = container.settle()
+    except BaseException:
+        _give_up(container)
+        raise
+    kept = container.settle()
     if kept and options.rm:
         container.remove()
     elif kept:
@@ -56,6 +59,16 @@ def run(bench: Workbench, options: Any, _: Callable[[], Kernelspecs]) -> int:
     if ended.limit:
         show.error(ended.reason)
     return ended.code
+
+
+def _give_up(container: Container) -> None:
+    """Tidy up after a launch that failed, though what stood in its way may stand here again."""
+    try:
+        container.settle()
+    except (WorkbenchError, OSError):
+        if container.pid < 0:  # it never ran: nothing of it is worth keeping, nor owned by others
+            with suppress(OSError):
+                state.remove(container.folder)
 
 
 def _variables(words: list[str]) -> dict[str, str]:
