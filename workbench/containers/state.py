@@ -32,12 +32,17 @@ def lay_out(folder: str, state: dict[str, Any]) -> int:
 
     Returns a descriptor that holds its run folder for as long as it is open.
     """
-    for name in ("", "writable", "writable/upper", "writable/work"):
-        with suppress(FileExistsError):
-            os.mkdir(os.path.join(folder, name), 0o700)
-    os.chmod(os.path.join(folder, "writable/upper"), 0o755)  # its mode becomes that of /
     state["run_dir"], held = make_run_dir(state["id"])
-    save(folder, state)
+    try:
+        for name in ("", "writable", "writable/upper", "writable/work"):
+            with suppress(FileExistsError):
+                os.mkdir(os.path.join(folder, name), 0o700)
+        os.chmod(os.path.join(folder, "writable/upper"), 0o755)  # its mode becomes that of /
+        save(folder, state)
+    except BaseException:
+        os.close(held)
+        remove_run_dir(state["run_dir"])
+        raise
     return held
 
 
