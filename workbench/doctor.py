@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from workbench.linux import syscalls as sc
 from workbench.linux import userns
@@ -156,9 +156,7 @@ def _id_range() -> str:
             raise _LacksError(f"{path} is neither set-uid nor has it a capability", f"sudo chmod u+s {path}")
     count = min(ids.sub_uids[1], ids.sub_gids[1])
     if count < userns.IDS - 1:
-        raise _NoteError(
-            f"only {count} ids; packages that use id 65534 (nobody) need {userns.IDS}", _grant(name)
-        )
+        raise _NoteError(f"only {count} ids; packages that use id 65534 (nobody) need {userns.IDS}", _grant(name))
     return f"{count} ids from {ids.sub_uids[0]}"
 
 
@@ -198,9 +196,7 @@ def _space(home: Path) -> str:
     usage = shutil.disk_usage(_nearest(home))
     found = f"{format_size(usage.free)} free"
     if usage.free < SCARCE:
-        raise _LacksError(
-            found, "free some space; `jupyter workbench gc` removes what no name and no container needs"
-        )
+        raise _LacksError(found, "free some space; `jupyter workbench gc` removes what no name and no container needs")
     return found
 
 
@@ -269,9 +265,7 @@ def _limits() -> str:
     kind, controllers = cgroup.available()
     lacking = [name for name in ("memory", "pids", "cpu") if name not in controllers]
     if kind == "none" or lacking:
-        what = (
-            "no cgroup may be made here" if kind == "none" else f"cgroup {kind} without {', '.join(lacking)}"
-        )
+        what = "no cgroup may be made here" if kind == "none" else f"cgroup {kind} without {', '.join(lacking)}"
         raise _NoteError(
             f"{what}: memory is limited for each process (rlimits), not for the container",
             "start from a session with a delegated cgroup: systemd-run --user --scope -p Delegate=yes ...",
@@ -280,13 +274,7 @@ def _limits() -> str:
 
 
 def _network_root() -> str:
-    try:
-        _in_namespaces("links")
-    except OSError as error:
-        raise _LacksError(
-            f"no {error.filename or 'links'} in this kernel: {error.strerror}",
-            "load the modules veth, bridge and nf_tables, or use --network none or host",
-        ) from None
+    _in_namespaces("network")
     return "veth, bridge and nftables work"
 
 
@@ -314,16 +302,12 @@ def _mmdebstrap() -> str:
 def _certificates() -> str:
     named = os.environ.get("SSL_CERT_FILE")
     if named and not os.path.isfile(named):
-        raise _LacksError(
-            f"SSL_CERT_FILE names {named}, which is not there", "unset SSL_CERT_FILE, or mend it"
-        )
+        raise _LacksError(f"SSL_CERT_FILE names {named}, which is not there", "unset SSL_CERT_FILE, or mend it")
     default = ssl.get_default_verify_paths().cafile
     for path in (named, default, "/etc/ssl/certs/ca-certificates.crt"):
         if path and os.path.isfile(path):
             return path
-    raise _NoteError(
-        "no bundle of certificates found: downloads by https will fail", _install("ca-certificates")
-    )
+    raise _NoteError("no bundle of certificates found: downloads by https will fail", _install("ca-certificates"))
 
 
 # --- what is tried in a process of its own ------------------------------------------------------------------
@@ -339,23 +323,28 @@ def _in_namespaces(probe: str, *arguments: str) -> None:
             os.close(writer)
         raw = answer.read()
         process.wait()
-    result = (
-        json.loads(raw) if raw else {"errno": 0, "strerror": f"the trial ended with {process.returncode}"}
-    )
+    result = json.loads(raw) if raw else {"errno": 0, "strerror": f"the trial ended with {process.returncode}"}
+    if "error" in result:
+        raise WorkbenchError.from_dict(result)
     if result:
         raise OSError(result["errno"], result["strerror"], result.get("filename"))
 
 
 def _probe(writer: str, probe: str, *arguments: str) -> None:
     """The trial's own side: an empty object for success, or the OSError as JSON."""
-    answer: dict[str, object] = {}
+    answer: dict[str, Any] = {}
     try:
         if probe == "user":
             sc.unshare(sc.CLONE_NEWUSER)  # one below B, as each container has
-        elif probe == "links":
-            _probe_links()
+        elif probe == "network":
+            from workbench.containers import network
+
+            sc.unshare(sc.CLONE_NEWNET)
+            network.trial()
         else:
             _probe_overlay(*arguments)
+    except WorkbenchError as error:
+        answer = error.as_dict()
     except OSError as error:
         name = error.filename
         answer = {
@@ -374,9 +363,7 @@ def _probe_overlay(folder: str) -> None:
     for name in ("lower", "upper", "work", "merged", "lower/folder"):
         os.mkdir(name)
     Path("lower/file").write_text("lower")
-    options = (
-        "lowerdir=lower,upperdir=upper,workdir=work,userxattr,redirect_dir=nofollow,metacopy=off,index=off"
-    )
+    options = "lowerdir=lower,upperdir=upper,workdir=work,userxattr,redirect_dir=nofollow,metacopy=off,index=off"
     sc.mount("overlay", "merged", "overlay", 0, options)
     Path("merged/file").write_text("upper")
     os.rmdir("merged/folder")
@@ -386,29 +373,6 @@ def _probe_overlay(folder: str) -> None:
     if os.stat("upper/file").st_rdev != 0 or os.getxattr("upper/folder", "user.overlay.opaque") != b"y":
         raise OSError(0, "it does not mark what was removed in the form that layers have")
     shutil.rmtree("work")  # overlayfs leaves a folder without permissions in there, root's here
-
-
-def _probe_links() -> None:
-    """A bridge, a veth pair and a masquerading table in a network namespace of its own."""
-    sc.unshare(sc.CLONE_NEWNET)
-    from pyroute2.iproute import IPRoute
-    from pyroute2.netlink.exceptions import NetlinkError
-    from pyroute2.nftables.main import NFTables
-
-    what = "netlink"
-    try:
-        with IPRoute() as links:
-            what = "bridge"
-            links.link("add", ifname="probe0", kind="bridge")
-            what = "veth"
-            links.link("add", ifname="probe1", kind="veth", peer={"ifname": "probe2"})
-        what = "nftables"
-        with NFTables(nfgen_family=2) as tables:
-            tables.begin()
-            tables.table("add", name="probe")
-            tables.commit()
-    except NetlinkError as error:
-        raise OSError(error.code, os.strerror(error.code), what) from None
 
 
 def summary(checks: Sequence[Check]) -> str:

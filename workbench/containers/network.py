@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _TABLE = "workbench"
 #: The first that is free becomes the bridge's; private, and seldom somebody's.
 _NETWORKS = ("10.213.0.0/16", "10.87.0.0/16", "172.29.0.0/16", "10.174.0.0/16", "192.168.0.0/16")
+_MODULES = "modprobe veth bridge nf_tables nft_masq nft_ct nft_reject_ipv4, or choose network none or host"
 _TIMEOUT = 60.0  # seconds for the worker's answer
 _PATIENCE = 2.0  # seconds that a worker which was preloaded waits for its first container
 _LINGER = 0.5  # seconds until what the last container leaves is removed, while its helper lives
@@ -126,6 +127,24 @@ def sweep() -> None:
 def tidy() -> None:
     """``sweep``'s work; imports pyroute2."""
     _Bridge().tidy()
+
+
+def trial() -> None:
+    """Make once what ``outbound`` takes, for ``doctor``: to be called in a network namespace that ends right away.
+
+    Raises HostLacks.
+    """
+    what = "pyroute2"
+    try:
+        bridge = _Bridge()
+        what = "bridge"
+        bridge.ip.link("add", ifname="trial0", kind="bridge")
+        what = "veth"
+        bridge.ip.link("add", ifname="trial1", kind="veth", peer={"ifname": "trial2"})
+        what = "nftables"
+        bridge._make_table(bridge._ipaddress.IPv4Network(_NETWORKS[0]))
+    except Exception as error:  # whatever pyroute2 raises, as above
+        raise HostLacks("try the network", f"{what} does not work here: {error}", _MODULES) from None
 
 
 # --- the worker: a process of its own -------------------------------------------------------------------------
@@ -247,7 +266,7 @@ class _Service:
             self.leaving.add(links.port_name(message["id"]))
             self.due = 0.0
             code = getattr(error, "code", None) or getattr(error, "errno", None)
-            remedy = "modprobe veth bridge nf_tables nft_masq nft_ct nft_reject_ipv4, or choose network none or host"
+            remedy = _MODULES
             if code in (errno.EPERM, errno.EACCES, errno.EROFS):
                 remedy = "it takes CAP_NET_ADMIN and a writable /proc/sys/net; or choose network none or host"
             return dict(HostLacks(tried, f"{type(error).__name__}: {error}", remedy).as_dict())
