@@ -1,0 +1,127 @@
+"""JupyterLab and Notebook 7 as people see them, in Chromium; no server extension of ours is loaded.
+
+With ``WORKBENCH_PICTURES=FOLDER`` the pictures of the documentation are taken on the way (the extension is loaded).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+TOP = Path(__file__).resolve().parent.parent.parent
+PICTURES = os.environ.get("WORKBENCH_PICTURES")
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox"] if os.getuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=flags)
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        yield page
+        browser.close()
+
+
+class App:
+    """``jupyter lab`` or ``jupyter notebook`` in a process."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        self.root = root
+        extension = bool(PICTURES)
+        self.log = root.parent / f"{name}.log"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", f"jupyter{name}" if name == "lab" else name, "--no-browser", "--port=0",
+             f"--ServerApp.root_dir={root}", "--IdentityProvider.token=t",
+             f"--ServerApp.jpserver_extensions={{'workbench': {extension}}}",
+             *(["--allow-root"] if os.getuid() == 0 else [])],
+            stdout=subprocess.DEVNULL, stderr=self.log.open("w"), cwd=root,
+        )  # fmt: skip
+        until = time.monotonic() + 90
+        while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/", self.log.read_text())):
+            assert self.process.poll() is None and time.monotonic() < until, self.log.read_text()
+            time.sleep(0.1)
+        self.url = f"http://127.0.0.1:{found[1]}"
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=60)
+        print(self.log.read_text())
+
+
+def notebook(folder: Path, name: str) -> None:
+    cells = [{
+        "cell_type": "code", "execution_count": None, "id": "c1", "metadata": {}, "outputs": [],
+        "source": "import os\nprint('pid', os.getppid(), 'uid', os.getuid(), open('/proc/1/comm').read())",
+    }]  # fmt: skip
+    metadata = {"kernelspec": {"name": "wb-python", "display_name": "Python", "language": "python"}}
+    content = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    (folder / name).write_text(json.dumps(content))
+
+
+@pytest.fixture
+def no_news() -> Iterator[None]:
+    """JupyterLab asks whether to fetch news unless the answer is known."""
+    folder = Path(os.environ["JUPYTER_CONFIG_DIR"]) / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    yield
+    shutil.rmtree(folder.parent)
+
+
+def test_jupyterlab_shows_a_card_and_runs_a_notebook(image, tmp_path, page, no_news):
+    root = tmp_path / "root"
+    root.mkdir()
+    if PICTURES:
+        shutil.copy(TOP / "notebooks" / "quickstart.ipynb", root)
+    notebook(root, "probe.ipynb")
+    app = App("lab", root)
+    try:
+        page.goto(f"{app.url}/lab?token=t&reset")
+        card = page.locator(".jp-LauncherCard[title^='Python 3 (pandas']").first
+        expect(card).to_be_visible(timeout=60_000)
+        assert card.locator("img").evaluate("image => image.naturalWidth > 0"), "the logo is drawn"
+        if PICTURES:
+            page.screenshot(path=f"{PICTURES}/launcher.png")
+        page.goto(f"{app.url}/lab/tree/probe.ipynb?token=t&reset")
+        expect(page.locator(".jp-Toolbar-kernelName")).to_contain_text("pandas", timeout=60_000)
+        expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']")).to_be_visible(timeout=60_000)
+        page.locator(".jp-CodeCell .cm-content").first.click()
+        page.keyboard.press("Shift+Enter")
+        expect(page.locator(".jp-OutputArea-output").first).to_contain_text("uid 0 memfd:init", timeout=60_000)
+        if PICTURES:
+            page.goto(f"{app.url}/lab/tree/quickstart.ipynb?token=t&reset")
+            expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']")).to_be_visible(timeout=60_000)
+            page.get_by_role("menuitem", name="Run", exact=True).click()
+            page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+            page.wait_for_timeout(15_000)
+            for name, top in (("notebook", 0), ("plot", 900)):
+                page.locator(".jp-WindowedPanel-outer").first.evaluate(f"e => e.scrollTo(0, {top})")
+                page.wait_for_timeout(1000)
+                page.screenshot(path=f"{PICTURES}/{name}.png")
+    finally:
+        app.close()
+
+
+def test_notebook_7_runs_a_notebook(image, tmp_path, page):
+    root = tmp_path / "root"
+    root.mkdir()
+    notebook(root, "probe.ipynb")
+    app = App("notebook", root)
+    try:
+        page.goto(f"{app.url}/notebooks/probe.ipynb?token=t")
+        expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']")).to_be_visible(timeout=60_000)
+        page.locator(".jp-CodeCell .cm-content").first.click()
+        page.keyboard.press("Shift+Enter")
+        expect(page.locator(".jp-OutputArea-output").first).to_contain_text("uid 0 memfd:init", timeout=60_000)
+    finally:
+        app.close()

@@ -1,0 +1,52 @@
+"""Fifty kernels started at once: each comes up, in a container of its own, and all of them go."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from jupyter_client.manager import AsyncKernelManager
+
+from workbench.jupyter import shared
+
+COUNT = 50
+
+
+async def one(folder: str) -> tuple[str, AsyncKernelManager]:
+    manager = AsyncKernelManager(kernel_name="wb-python")
+    await manager.start_kernel(cwd=folder)
+    client = manager.client()
+    client.start_channels()
+    try:
+        await client.wait_for_ready(timeout=200)
+        text = ""
+
+        def take(message):
+            nonlocal text
+            text += message["content"].get("text", "")
+
+        await client.execute_interactive("import platform; print(platform.node())", output_hook=take, timeout=200)
+        return text.strip(), manager
+    finally:
+        client.stop_channels()
+
+
+def test_fifty_at_once(image, tmp_path):
+    async def all_of_them() -> list[str]:
+        done = await asyncio.gather(*(one(str(tmp_path)) for _ in range(COUNT)), return_exceptions=True)
+        started = [entry for entry in done if not isinstance(entry, BaseException)]
+        assert len(shared.workbench().ps()) == len(started)
+        await asyncio.gather(*(manager.shutdown_kernel(now=True) for _, manager in started))
+        assert [entry for entry in done if isinstance(entry, BaseException)] == []
+        return [name for name, _ in started]
+
+    began = time.monotonic()
+    try:
+        names = asyncio.run(all_of_them())
+        assert len(set(names)) == COUNT
+        assert shared.workbench().ps(True) == []
+    finally:
+        for bench in shared._known.values():
+            bench.close()
+        shared._known.clear()
+    print(f"{COUNT} kernels in {time.monotonic() - began:.1f} s")
