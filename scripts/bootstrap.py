@@ -49,11 +49,14 @@ PEERS = (
     Tool("slirp4netns", "network for podman without root", "slirp4netns"),
     Tool("fuse-overlayfs", "storage for podman without root", "fuse-overlayfs"),
 )
-BROWSER = (Tool("chromium", "the browser of the user interface tests", "chromium"),)
+BROWSER = (
+    Tool("chromium", "the browser of the user interface tests", "chromium"),
+    Tool("fonts-dejavu-core", "letters for it"),
+)
 #: goal: (extras of the package, Debian packages)
 GOALS = {
     "run": ("lab", TOOLS),
-    "test": ("lab,test", TOOLS),
+    "test": ("lab,test", TOOLS + BROWSER),
     "bench": ("lab,test", TOOLS + PEERS),
 }
 
