@@ -80,6 +80,13 @@ class Limits:
     processes: int | None = None
     cpus: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raises InvalidInput: a negative number would mean "no limit" to the kernel, and images bring limits."""
+        for name, least in (("memory", 1), ("processes", 1), ("cpus", 0.001)):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= 1 << 62:  # nor is it "not a number"
+                raise InvalidInput(f"limit {name}", f"{value!r} is no limit", "give a number greater than 0")
+
     def stricter(self, other: Limits) -> Limits:
         """The smaller of each limit: an image can narrow what the configuration grants, never widen it."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from traitlets.config import LoggingConfigurable
 
 from workbench.containers import host_settings, spec
 from workbench.containers.container import Container, Containers, new_id
+from workbench.containers.state import run_bases
 from workbench.model import NETWORKS, Conflict, Image, Limits, Mount, Network, Problem, Settings, parse_size
 
 if TYPE_CHECKING:
@@ -170,7 +172,9 @@ class Workbench(LoggingConfigurable):
         self, image: Image, argv: Sequence[str] | None, cwd: str | None, env: Mapping[str, str], terminal: bool,
         mounts: Sequence[Mount], limits: Limits | None, network: Network | None,
     ) -> spec.ContainerSpec:  # fmt: skip
-        own, hidden = spec.working_folder(cwd, homes=_homes(), private=self._private()) if cwd else ([], [])
+        own = spec.working_folder(cwd) if cwd else []
+        shown = [*own, *(spec.parse_mount(text) for text in self.mounts), *mounts]
+        hidden, fixed = spec.guard(shown, homes=_homes(), private=self._private(), programs=_programs())
         suite = dict(image.labels).get(SUITE_LABEL)
         settings = self.settings(suite)
         chosen: Network = network or self.network
@@ -183,8 +187,9 @@ class Workbench(LoggingConfigurable):
             # Of a layer that an image names twice only the higher one shows; overlayfs takes each once.
             layers=tuple(dict.fromkeys(str(self.store.layer(diff_id)) for diff_id in reversed(image.diff_ids))),
             hostname=container_id,
-            mounts=(*own, *(spec.parse_mount(text) for text in self.mounts), *mounts, *_files(settings)),
+            mounts=(*shown, *_files(settings)),
             hidden=tuple(hidden),
+            fixed=tuple(fixed),
             texts=settings.texts,
             limits=self.limits().stricter(image.limits).stricter(limits or Limits()),
             network=chosen,
@@ -192,12 +197,17 @@ class Workbench(LoggingConfigurable):
         )
 
     def _private(self) -> Iterator[str]:
-        """Folders of the host that no container may see."""
-        from jupyter_core.paths import jupyter_config_dir, jupyter_runtime_dir
+        """Folders and sockets of the host that no container may see."""
+        from jupyter_core.paths import jupyter_config_dir, jupyter_data_dir, jupyter_runtime_dir
 
         yield self.home
         yield jupyter_runtime_dir()
         yield jupyter_config_dir()
+        yield jupyter_data_dir()  # kernelspecs name programs of the host
+        yield from run_bases()
+        for name in ("XDG_RUNTIME_DIR", "SSH_AUTH_SOCK"):
+            if os.path.isabs(os.environ.get(name, "")):
+                yield os.environ[name]
 
     def describe(self, container: Container) -> str:
         """The launch of a container as a plan, for people."""
@@ -288,6 +298,13 @@ def _homes() -> list[str]:
     except OSError:
         pass
     return [home for home in homes if os.path.isabs(home)]
+
+
+def _programs() -> Iterator[str]:
+    """Where the environment that runs us lies: what could change it there would run as the host's user."""
+    yield sys.prefix
+    yield sys.base_prefix
+    yield os.path.dirname(os.path.abspath(__file__))
 
 
 def _files(settings: Settings) -> tuple[Mount, ...]:

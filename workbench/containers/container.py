@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -87,18 +88,13 @@ class Container:
         started: Future[None] = Future()
         exited: Future[Exit] = Future()
         self.exited = exited
-        self._helper.on_exit(self.id, lambda end: self._end(exited, end))
-        own: list[int] = []
-        if stdio is None:
-            null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-            log = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            own = [null, log]
-            stdio = (null, log, log)
-        try:
-            answer = self._helper.request("start", stdio, folder=self.folder)
-        finally:
-            for fd in own:
-                os.close(fd)
+
+        def ended(end: Exit) -> None:
+            self.kill()  # should it have outlived a helper that was killed
+            self._end(exited, end)
+
+        self._helper.on_exit(self.id, ended)
+        answer = self._helper.request("start", stdio or (), folder=self.folder)
 
         def done(future: Future[Answer]) -> None:
             error = future.exception()
@@ -200,6 +196,9 @@ class Containers:
     ) -> Container:
         """Lay a container out on disk. folder: elsewhere than among the listed ones (a build's staging)."""
         folder = folder or os.path.join(self.folder, spec.id)
+        # What is mounted is settled now: a start follows no link that somebody has put there meanwhile.
+        mounts = tuple(replace(mount, source=os.path.realpath(mount.source)) for mount in spec.mounts)
+        spec = replace(spec, mounts=mounts)
         os.makedirs(os.path.dirname(folder), 0o700, exist_ok=True)
         known = {
             "id": spec.id, "image": image, "created": datetime.now(UTC).isoformat(timespec="seconds"),

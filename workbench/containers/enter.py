@@ -13,7 +13,6 @@ import resource
 import signal
 import socket
 import stat
-import sys
 import termios
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -100,8 +99,9 @@ def in_child(
             code = COMMAND_NOT_FOUND
         text = error.strerror if isinstance(error, OSError) else str(error)
         with suppress(OSError):
-            os.write(out, f"{code} {what}: {text}".encode())
-    os._exit(code)
+            os.write(out, f"{code} {what}: {text}".encode(errors="backslashreplace"))
+    finally:  # whatever goes wrong up there, this process is never a second helper
+        os._exit(code)
 
 
 def _standard_streams(stdio: Sequence[int], terminal: bool) -> None:
@@ -186,6 +186,6 @@ def in_worker(
     except BaseException as error:
         text = f"{error.strerror} ({error.filename})" if isinstance(error, OSError) and error.filename else str(error)
         with suppress(OSError):
-            report.send(f"{what}: {text}".encode())
-        sys.stderr.flush()
-    os._exit(1)
+            report.send(f"{what}: {text}".encode(errors="backslashreplace"))
+    finally:
+        os._exit(1)

@@ -17,8 +17,9 @@ from contextlib import suppress
 from typing import Any
 
 from workbench.containers import launch, state
+from workbench.linux import mounts
 from workbench.linux.userns import HostIds
-from workbench.model import Exit, NotFound, WorkbenchError
+from workbench.model import Exit, WorkbenchError
 
 MESSAGE = 1 << 16
 DESCRIPTORS = 8
@@ -62,8 +63,9 @@ class Helper:
             answer["value"], back = getattr(self, "do_" + message["op"])(message, fds)
         except WorkbenchError as error:
             answer |= error.as_dict()
-        except OSError as error:
-            answer |= {"error": "LaunchFailed", "tried": message["op"], "obstacle": str(error), "remedy": ""}
+        except Exception as error:  # whatever one container brings up, the others go on
+            obstacle = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            answer |= {"error": "LaunchFailed", "tried": message["op"], "obstacle": obstacle, "remedy": ""}
         finally:
             for fd in fds:
                 with suppress(OSError):
@@ -77,9 +79,16 @@ class Helper:
             socket.send_fds(self.client, [json.dumps(message).encode()], fds or [])
 
     def do_start(self, message: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
-        """Start the container whose folder is named; answers its pid, its pidfd and its terminal, if it has one."""
+        """Start the container whose folder is named; answers its pid, its pidfd and its terminal, if it has one.
+
+        fds: its standard streams; without, nothing to read and its log to write.
+        """
         self.unsettled[message["folder"]] = None
-        running = self.launcher.start(message["folder"], fds)
+        if not fds:
+            null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+            log = mounts.open_in(message["folder"], "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            fds += [null, log]
+        running = self.launcher.start(message["folder"], fds if len(fds) > 2 else (fds[0], fds[1], fds[1]))
         self.running[running.pidfd] = running
         self.poll.register(running.pidfd, select.POLLIN)
         back = [running.pidfd] + ([running.terminal] if running.terminal >= 0 else [])
@@ -115,7 +124,7 @@ class Helper:
             self.running.pop(pidfd)
             self.launcher.finish(running, gone)
         for folder in self.unsettled:
-            with suppress(NotFound):  # removed meanwhile
+            with suppress(WorkbenchError, OSError):  # removed meanwhile, or left to the next sweep
                 state.settle(folder)
         self.launcher.close()
 

@@ -6,22 +6,25 @@ later one fails.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
 import socket
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
-from workbench.containers import enter, network, spec, state
+from workbench.containers import enter, links, network, spec, state
 from workbench.linux import cgroup, mounts, seccomp
 from workbench.linux import syscalls as sc
 from workbench.linux.userns import HostIds
-from workbench.model import Conflict, Exit, HostLacks, LaunchFailed, WorkbenchError, format_size
+from workbench.model import Conflict, Exit, HostLacks, LaunchFailed, NotFound, WorkbenchError, format_size
 
 INIT_CANDIDATES = ("/usr/bin/tini-static", "/usr/local/bin/tini-static", "/sbin/tini-static")
+_EVERYBODYS = (*(f"/dev/{name}" for name in spec.DEVICES), "/sys")
 SLOTS_FOLDER = "/run/workbench-slots"
 SLOTS = 8192
 
@@ -34,6 +37,7 @@ class Running:
     folder: str
     spec: spec.ContainerSpec
     pid: int = -1
+    started: str = ""
     pidfd: int = -1
     terminal: int = -1
     lock: int = -1
@@ -67,7 +71,8 @@ class Launcher:
         running = Running(wanted.id, folder, wanted, lock=state.hold(folder))
         try:
             self._start(running, known["run_dir"], stdio)
-            state.save(folder, known | {"status": "running", "pid": running.pid, "exit": None})
+            now = {"status": "running", "pid": running.pid, "started": running.started, "exit": None}
+            state.save(folder, known | now)
         except BaseException:
             self._undo(running)
             raise
@@ -99,6 +104,7 @@ class Launcher:
                 enter.in_child(theirs, **parameters)  # type: ignore[arg-type]
             theirs.close()
             running.pidfd = os.pidfd_open(running.pid)
+            running.started = links.start_time(running.pid)
             self._write_maps(running)
             if running.group:
                 running.group.add(running.pid)
@@ -190,19 +196,24 @@ class Launcher:
                     continue
                 for path in paths - running.sources.keys():
                     # Devices and /sys are everybody's, the run folder was given to the container's root.
-                    plain = path.startswith(("/dev/", "/sys")) or path == run_dir
-                    running.sources[path] = self._open_source(path, -1 if plain else userns)
+                    plain = path in _EVERYBODYS or path == run_dir
+                    # What was named when the container was made, not where a link leads that another has put there.
+                    follow = plain or isinstance(step, mounts.Overlay)
+                    running.sources[path] = self._open_source(path, -1 if plain else userns, follow)
         finally:
             if userns >= 0:
                 os.close(userns)
 
-    def _open_source(self, path: str, userns: int) -> int:
+    def _open_source(self, path: str, userns: int, follow: bool) -> int:
+        tried = "open what is to be mounted"
         try:
-            return mounts.open_source(path, userns)
+            return mounts.open_source(path, userns, follow=follow)
         except FileNotFoundError:
-            raise LaunchFailed(
-                "open what is to be mounted", f"{path} is not there", "see `jupyter workbench check`"
-            ) from None
+            raise LaunchFailed(tried, f"{path} is not there", "see `jupyter workbench check`") from None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise LaunchFailed(tried, f"a symbolic link has taken the place of {path}", "look who did that") from None
 
     def _refuse(self, running: Running, failure: str) -> NoReturn:
         code, _, text = failure.partition(" ")
@@ -257,7 +268,11 @@ class Launcher:
         network.close()
 
     def _init(self) -> int:
-        """The init program in a sealed memfd: nothing of the host's files is behind /proc/1/exe."""
+        """The init program on a file system of its own: nothing of the host's files is behind /proc/1/exe.
+
+        Read-only, for the container's root owns the file where the user's own id is all that there is: without,
+        one container could make it useless for all others (a memfd's mode can be changed through /proc/1/exe).
+        """
         if self._init_fd < 0:
             for path in INIT_CANDIDATES:
                 with suppress(FileNotFoundError), open(path, "rb") as file:
@@ -265,14 +280,7 @@ class Launcher:
                     break
             else:
                 raise HostLacks("start a container", "its init, tini-static, is missing", "apt-get install tini")
-            fd = os.memfd_create("init", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.write(fd, program)
-            os.fchmod(fd, 0o555)
-            seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-            # Opened anew for reading only, since a file that is open for writing cannot be executed.
-            self._init_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-            os.close(fd)
+            self._init_fd = mounts.lone_file("init", program, 0o555)
         return self._init_fd
 
     def _filter(self, profile: str) -> bytes:
@@ -315,11 +323,26 @@ def release_slot(number: int, lock: int) -> None:
         os.rmdir(SLOTS_FOLDER)
 
 
+def _wait_for_end(pid: int, seconds: float = 5.0) -> None:
+    """Until a process that is no child of ours has ended."""
+    until = time.monotonic() + seconds
+    with suppress(ProcessLookupError):
+        while time.monotonic() < until:
+            links.start_time(pid)
+            time.sleep(0.005)
+
+
 def bury(folder: str, name: str) -> None:
     """Tidy up after a container whose helper was killed: its group, its links, its sockets, its folder if unchanged.
 
-    Its processes are gone already, killed with the helper (PR_SET_PDEATHSIG).
+    Its processes are gone already, killed with the helper (PR_SET_PDEATHSIG), unless they have talked their init
+    out of that (ptrace(2)).
     """
+    with suppress(NotFound, OSError):
+        known = state.load(folder)
+        if known.get("pid") and links.start_time(known["pid"]) == known.get("started"):
+            os.kill(known["pid"], signal.SIGKILL)
+            _wait_for_end(known["pid"])
     cgroup.Cgroup.forget(name)
     network.sweep()
     try:

@@ -45,8 +45,9 @@ Profile = Literal["default", "bootstrap"]
 class ContainerSpec:
     """Everything that a helper needs to know to start a container.
 
-    layers: host folders, highest first; hidden: paths inside that are covered; ``profile`` "bootstrap" is for
-    Debian's own bootstrap tool over no image at all: full rights in its own user namespace.
+    layers: host folders, highest first; hidden: paths inside that are covered; fixed: paths inside that cannot be
+    changed; ``profile`` "bootstrap" is for Debian's own bootstrap tool over no image at all: full rights in its own
+    user namespace.
     """
 
     id: str
@@ -57,6 +58,7 @@ class ContainerSpec:
     hostname: str
     mounts: tuple[HostMount, ...] = ()
     hidden: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
     texts: tuple[tuple[str, str], ...] = ()
     limits: Limits = field(default_factory=Limits)
     network: Network = "outbound"
@@ -73,7 +75,7 @@ class ContainerSpec:
         fields = dict(data)
         fields["mounts"] = tuple(HostMount(**m) for m in data["mounts"])
         fields["limits"] = Limits(**data["limits"])
-        for name in ("argv", "layers", "hidden"):
+        for name in ("argv", "layers", "hidden", "fixed"):
             fields[name] = tuple(data[name])
         for name in ("env", "texts"):
             fields[name] = tuple((str(k), str(v)) for k, v in data[name])
@@ -101,35 +103,66 @@ def environment(
     return tuple(sorted(env.items()))
 
 
-def working_folder(folder: str, *, homes: Iterable[str], private: Iterable[str]) -> tuple[list[HostMount], list[str]]:
-    """Mounts and hidden paths for the folder that a kernel works in: it, at the same path, never above it.
+def working_folder(folder: str) -> list[HostMount]:
+    """The mount of the folder that a kernel works in: it, at the same path, never above it; none for ``/``.
 
-    homes: home folders of the host, whose dot-files stay unseen; private: the store, tokens, sockets.
-    The root folder of the host is never mounted.
+    Raises InvalidInput for a folder that a container has of its own instead.
     """
     folder = os.path.realpath(folder)
     if folder == "/":
-        return [], []
-    closed = [os.path.realpath(path) for path in private]
-    hidden = [path for path in closed if _within(path, folder)]
-    if any(_within(folder, path) for path in closed):
-        raise InvalidInput(
-            "mount the working folder", f"{folder} belongs to Workbench or Jupyter itself", "work in another folder"
-        )
-    for home in set(map(os.path.realpath, homes)):
-        if home != "/" and _within(home, folder):
-            try:
-                names = os.listdir(home)
-            except OSError:  # a home that its owner keeps closed is closed inside as well
-                continue
-            hidden += [os.path.join(home, name) for name in names if name.startswith(".")]
-    return [HostMount(folder, folder)], sorted(set(hidden))
+        return []
+    own = any(_within(folder, path) for path in _OWN) and not folder.startswith("/dev/shm/")
+    if own or (folder in _RESERVED and folder != "/tmp"):
+        raise InvalidInput("mount the working folder", f"{folder} is a part of the system", "work in another folder")
+    return [HostMount(folder, folder)]
+
+
+def guard(
+    mounted: Iterable[HostMount], *, homes: Iterable[str], private: Iterable[str], programs: Iterable[str]
+) -> tuple[list[str], list[str]]:
+    """Paths inside to hide, and paths that cannot be changed, in what is mounted.
+
+    homes: home folders of the host, whose dot-files stay unseen unless they are mounted by name; private: the
+    store, tokens, sockets; programs: where the host's user runs programs from, which a kernel could change
+    otherwise. Raises InvalidInput for a mount of something private.
+    """
+    mounted = list(mounted)
+    named = {mount.target for mount in mounted}
+    closed = set(map(os.path.realpath, private))
+    dotted = {path for home in set(map(os.path.realpath, homes)) - {"/"} for path in _dot_files(home)}
+    hidden, fixed = set(), set()
+    for mount in mounted:
+
+        def inside(path: str, mount: HostMount = mount) -> str:
+            return mount.target + path[len(mount.source.rstrip("/")) :]
+
+        if any(_within(mount.source, path) for path in closed):
+            raise InvalidInput(
+                f"mount {mount.source}", "it belongs to Workbench or Jupyter itself", "work in another folder"
+            )
+        hidden |= {inside(path) for path in closed if _within(path, mount.source)}
+        hidden |= {inside(path) for path in dotted if _within(path, mount.source)} - named
+        for path in set(map(os.path.realpath, programs)) - {"/", "/usr", "/usr/local"}:
+            if _within(path, mount.source):
+                fixed.add(inside(path))
+            elif _within(mount.source, path):
+                fixed.add(mount.target)
+    return sorted(hidden), sorted(fixed)
+
+
+def _dot_files(home: str) -> list[str]:
+    try:
+        return [os.path.join(home, name) for name in os.listdir(home) if name.startswith(".")]
+    except OSError:  # a home that its owner keeps closed is closed inside as well
+        return []
 
 
 def _within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
+#: What a container has of its own: neither these nor what is below can be worked in.
+_OWN = ("/proc", "/sys", "/dev", RUN)
 _RESERVED = ("/", "/proc", "/sys", "/dev", "/run", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/tmp", "/var")
 
 
@@ -184,11 +217,28 @@ def plan(spec: ContainerSpec, *, writable: str, run_dir: str, id_kind: str) -> l
         *binds,
         *(mounts.Text(path, content) for path, content in spec.texts),
     ]  # fmt: skip
+    steps += [mounts.Pin(path) for path in _above((*spec.hidden, *spec.fixed), spec.mounts)]
+    steps += [mounts.ReadOnly(path) for path in spec.fixed]
     steps += [mounts.Hide(path) for path in spec.hidden]
     if spec.profile == "default":
         steps += [mounts.ReadOnly(path) for path in READ_ONLY]
         steps += [mounts.Hide(path) for path in HIDDEN]
     return steps
+
+
+def _above(paths: Iterable[str], mounted: Iterable[HostMount]) -> list[str]:
+    """The folders between mounts and what is guarded in them, outermost first.
+
+    Moving one away would leave its name free, and the host would then find the container's files by it.
+    """
+    found = set()
+    for mount in mounted:
+        for path in paths:
+            above = os.path.dirname(path)
+            while _within(above, mount.target) and above != mount.target:
+                found.add(above)
+                above = os.path.dirname(above)
+    return sorted(found)
 
 
 def _sys(network: Network) -> mounts.Mount:

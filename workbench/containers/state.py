@@ -14,6 +14,7 @@ Sockets and connection file are in a folder of their own (``run_dir``), at /run/
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import stat
@@ -119,6 +120,11 @@ def remove(folder: str) -> None:
     with suppress(FileNotFoundError):
         os.rename(folder, doomed)
         trees.remove(doomed)
+
+
+def run_bases() -> list[str]:
+    """Where run folders of anybody can be, whatever each one's environment said."""
+    return ["/run/workbench", "/run/workbench-slots", *glob.glob("/tmp/workbench-*")]
 
 
 def run_base() -> str:

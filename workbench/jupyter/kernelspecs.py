@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -124,6 +125,8 @@ def _folder() -> Path:
 
 
 def _logo(language: str) -> Path | None:
+    if not re.fullmatch(r"[\w+#-]+", language):  # an image says it, and it is a folder's name here
+        return None
     package = Path(workbench.__file__).parent
     for root in (package / "kernels", package.parent / "kernels"):  # installed, or in a checkout
         path = root / language.lower() / "logo-svg.svg"

@@ -22,6 +22,7 @@ STAGING_CANDIDATES = ("/tmp", "/run", "/mnt", "/var")
 # With userxattr the kernel itself follows no redirects; to say so with redirect_dir=off is refused where the
 # module is set to follow by default.
 _OVERLAY_OPTIONS = "userxattr,metacopy=off,index=off"
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 @dataclass(slots=True)
@@ -67,7 +68,9 @@ class Root:
                 with suppress(FileExistsError):
                     os.mkdir(name, 0o755, dir_fd=above)
             else:
-                os.close(os.open(name, os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644, dir_fd=above))
+                # Never one that somebody else made meanwhile: opening a FIFO would wait for its writer.
+                with suppress(FileExistsError):
+                    os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=above))
         finally:
             os.close(above)
         return sc.openat2(self.fd, path, os.O_PATH)
@@ -219,8 +222,23 @@ class Links:
 
 
 @dataclass(frozen=True, slots=True)
+class Pin:
+    """A folder that can be neither renamed nor removed from inside, since it is a mount point (rename(2), EBUSY)."""
+
+    path: str
+
+    def describe(self) -> str:
+        """One line for people."""
+        return f"pin {self.path}"
+
+    def execute(self, root: Root) -> None:
+        """Bind it to itself; one that is missing needs nothing."""
+        _on_itself(root, self.path, 0)
+
+
+@dataclass(frozen=True, slots=True)
 class ReadOnly:
-    """A part of /proc or /sys that may be read but not written; one that is missing needs nothing."""
+    """A part of the tree that may be read but not written; one that is missing needs nothing."""
 
     path: str
 
@@ -230,11 +248,22 @@ class ReadOnly:
 
     def execute(self, root: Root) -> None:
         """Bind it to itself without the right to write."""
-        with suppress(FileNotFoundError), _fd(sc.openat2(root.fd, self.path, os.O_PATH)) as fd:
-            tree = sc.open_tree(fd, "", sc.OPEN_TREE_CLONE | sc.AT_RECURSIVE | sc.AT_EMPTY_PATH)
-            with _fd(tree):
-                sc.move_mount(tree, fd)
-                sc.mount_setattr(tree, attr_set=sc.MOUNT_ATTR_RDONLY, recursive=True)
+        _on_itself(root, self.path, sc.MOUNT_ATTR_RDONLY)
+
+
+def _on_itself(root: Root, path: str, attributes: int) -> None:
+    try:
+        fd = sc.openat2(root.fd, path, os.O_PATH)
+    except OSError as error:
+        if error.errno in _MISSING:
+            return
+        raise
+    with _fd(fd):
+        tree = sc.open_tree(fd, "", sc.OPEN_TREE_CLONE | sc.AT_RECURSIVE | sc.AT_EMPTY_PATH)
+        with _fd(tree):
+            sc.move_mount(tree, fd)
+            if attributes:
+                sc.mount_setattr(tree, attr_set=attributes, recursive=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +281,7 @@ class Hide:
         try:
             fd = sc.openat2(root.fd, self.path, os.O_PATH)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            if error.errno in _MISSING:
                 return
             raise
         with _fd(fd):
@@ -282,13 +311,16 @@ class _fd:  # noqa: N801 - reads like a statement
         os.close(self.fd)
 
 
-def open_source(path: str, userns_fd: int = -1) -> int:
+def open_source(path: str, userns_fd: int = -1, *, follow: bool = True) -> int:
     """A detached copy of the tree at a host path, id-mapped by ``userns_fd`` when that is given.
 
+    follow: whether a part of the path may be a symbolic link; not where another container could have put it.
     Recursive, since a user namespace may not uncover what lies below a mount (mount_namespaces(7)).
     Raises OSError; EINVAL from a file system that knows no id-mapped mounts.
     """
-    tree = sc.open_tree(sc.AT_FDCWD, path, sc.OPEN_TREE_CLONE | sc.AT_RECURSIVE)
+    resolve = 0 if follow else sc.RESOLVE_NO_SYMLINKS
+    with _fd(sc.openat2(sc.AT_FDCWD, path, os.O_PATH, resolve=resolve)) as fd:
+        tree = sc.open_tree(fd, "", sc.OPEN_TREE_CLONE | sc.AT_RECURSIVE | sc.AT_EMPTY_PATH)
     try:
         # A copy of a shared mount is its peer: what is mounted on it inside, to cover something, would appear on
         # the host as well, and what the host mounts later inside (mount_namespaces(7), systemd shares all).
@@ -298,6 +330,28 @@ def open_source(path: str, userns_fd: int = -1) -> int:
         what = "id-mapping the mount" if userns_fd >= 0 else "making the mount private"
         raise OSError(error.errno, f"{error.strerror} ({what})", path) from None
     return tree
+
+
+def lone_file(name: str, content: bytes, mode: int) -> int:
+    """A descriptor, for reading, of a file that is all there is on a read-only file system that nobody can reach."""
+    context = sc.fsopen("tmpfs")
+    with _fd(context):
+        sc.fsconfig(context, "size", str(len(content) + (64 << 10)))
+        tree = sc.fsmount(context, sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV)
+    with _fd(tree):
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=tree)
+        with os.fdopen(fd, "wb") as file:
+            file.write(content)
+            os.fchmod(fd, mode)
+        sc.mount_setattr(tree, attr_set=sc.MOUNT_ATTR_RDONLY, recursive=False)
+        return os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=tree)
+
+
+def open_in(folder: str, name: str, flags: int, mode: int) -> int:
+    """Open a file for a container: its descriptor then says ``/name`` and not where the folder is (proc(5), fd)."""
+    tree = sc.open_tree(sc.AT_FDCWD, folder, sc.OPEN_TREE_CLONE)
+    with _fd(tree):
+        return os.open(name, flags | os.O_CLOEXEC, mode, dir_fd=tree)
 
 
 def begin() -> Root:

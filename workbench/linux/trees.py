@@ -18,6 +18,9 @@ def remove(path: str) -> None:
         root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return
+    except NotADirectoryError:  # a file, or a link, which is not followed
+        os.unlink(path)
+        return
     try:
         moved = 0
         while names := os.listdir(root):
