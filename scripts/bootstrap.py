@@ -46,6 +46,7 @@ TOOLS = (
 PEERS = (
     Tool("podman", "what the figures are compared with", "podman"),
     Tool("crun", "what the figures are compared with", "crun"),
+    Tool("netavark", "network for podman as root"),
     Tool("slirp4netns", "network for podman without root", "slirp4netns"),
     Tool("fuse-overlayfs", "storage for podman without root", "fuse-overlayfs"),
 )

@@ -63,6 +63,13 @@ def as_both(arguments: Sequence[str]) -> dict[str, int]:
     """Root's way."""
     python, project = prepare_account()
     results = {"as root": part("as root", [str(VENV / "bin" / "python"), "-m", "pytest", *arguments], TOP)}
+    command = [*as_account(python), "-m", "pytest", f"--ignore={ONLY_HERE}", *arguments]
+    results[f"as {ACCOUNT}"] = part(f"as {ACCOUNT} (sources are checked by root's part)", command, project)
+    return results
+
+
+def as_account(python: Path) -> list[str]:
+    """What to put before Python's arguments to run them as the account, in an environment of its own."""
     home = pwd.getpwnam(ACCOUNT).pw_dir
     environment = {
         name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)
@@ -70,10 +77,8 @@ def as_both(arguments: Sequence[str]) -> dict[str, int]:
         "HOME": home, "USER": ACCOUNT, "LOGNAME": ACCOUNT, "LANG": "C.UTF-8",
         "PATH": f"{python.parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
     }  # fmt: skip
-    command = ["runuser", "-u", ACCOUNT, "--", "env", "-i", *(f"{k}={v}" for k, v in environment.items())]
-    command += [str(python), "-m", "pytest", f"--ignore={ONLY_HERE}", *arguments]
-    results[f"as {ACCOUNT}"] = part(f"as {ACCOUNT} (sources are checked by root's part)", command, project)
-    return results
+    words = [f"{name}={value}" for name, value in environment.items()]
+    return ["runuser", "-u", ACCOUNT, "--", "env", "-i", *words, str(python)]
 
 
 def as_user_first(arguments: Sequence[str]) -> dict[str, int]:

@@ -1,0 +1,241 @@
+"""Each figure of the table: what is done on each side, and its goal."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import kernels
+from benchmarks.measure import Figure, bounded, by_turns, compare, timed
+from benchmarks.peers import Crun, Podman
+from benchmarks.scene import OURS, PLAIN, TOP, Scene, say
+from workbench.model import WorkbenchError
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How often each thing is done."""
+
+    starts: int = 15
+    true: int = 40
+    processes: int = 12
+    fiftieth: int = 8
+    loops: int = 15
+    blocks: int = 20
+    memory: int = 20
+
+
+QUICK = Effort(starts=5, true=15, processes=4, fiftieth=3, loops=5, blocks=6, memory=10)
+
+
+def first_results(scene: Scene, podman: Podman | None, effort: Effort) -> Iterator[Figure]:
+    """Figures 1 and 2."""
+    sides = [kernels.ours(scene), kernels.plain(scene)]
+    if podman:
+        sides.append(kernels.in_podman(scene, podman))
+    ours, plain, *peer = by_turns(sides, effort.starts)
+    yield compare("first result of a kernel / plain kernel", ours, plain, 1.05, extra=20, against="same files, plain")
+    for values in peer if podman else []:
+        yield compare("first result of a kernel / in podman", ours, values, 0.7, against=podman.said if podman else "")
+
+
+def true_by_library(scene: Scene, effort: Effort) -> Iterator[Figure]:
+    """Figure 3: create, start, wait, remove; the helper stands, as in a server."""
+    crun = Crun(scene, ["true"])
+
+    def ours() -> None:
+        container = scene.workbench.create(scene.image.id, argv=["true"], cwd=None, network="none")
+        container.start()
+        assert container.exited.result().code == 0
+        assert not container.settle()
+
+    values = by_turns([lambda: timed(ours), lambda: timed(crun.run)], effort.true, warm=3)
+    yield compare("true in a container, library / crun run", *values, 1, against=crun.said)
+
+
+def true_by_process(scene: Scene, podman: Podman | None, effort: Effort) -> Iterator[Figure]:
+    """Figure 4: whole processes."""
+    if podman is None:
+        return
+    peer = podman
+    jupyter = str(Path(sys.executable).with_name("jupyter"))
+    ours = [jupyter, "workbench", "run", scene.image.id, "true"]
+    environment = os.environ | {"WORKBENCH_HOME": scene.workbench.home}
+
+    def run(command: list[str]) -> Callable[[], float]:
+        def call() -> None:
+            subprocess.run(command, check=True, stdin=subprocess.DEVNULL, env=environment, cwd=scene.work)
+
+        return lambda: timed(call)
+
+    values = by_turns([run(ours), run(peer.run(command=["true"]))], effort.processes, warm=2)
+    yield compare("jupyter workbench run IMAGE true / podman run", *values, 1, against=peer.said)
+
+
+def fiftieth(scene: Scene, effort: Effort) -> Iterator[Figure]:
+    """Figure 5: starts beside 49 running kernels, between starts beside none."""
+    start = kernels.ours(scene)
+    alone = [start() for _ in range(effort.fiftieth)]
+    crowded: list[float] = []
+    with ExitStack() as running:
+        for _ in range(49):
+            running.enter_context(kernels.Managed(scene, OURS))
+        time.sleep(1)
+        crowded += [start() for _ in range(2 * effort.fiftieth)]
+    time.sleep(1)
+    alone += [start() for _ in range(effort.fiftieth)]
+    yield compare("the 50th running kernel / the 1st", crowded, alone, 1.3, against="itself, alone")
+
+
+def loops(scene: Scene, effort: Effort) -> Iterator[Figure]:
+    """Figure 6: the same program inside and outside, asked by turns."""
+    program = [scene.image.kernel.argv[0] if scene.image.kernel else "python3", "-c",
+               (TOP / "benchmarks" / "inside.py").read_text()]  # fmt: skip
+    with _inside(scene, program) as ours, _outside(scene, program) as plain:
+        for name, words in (("cpu", "CPU loop"), ("read", "file-read loop"), ("loopback", "loopback transfer")):
+            values = by_turns([lambda n=name: ours(n), lambda n=name: plain(n)], effort.loops)  # type: ignore[misc]
+            yield compare(f"{words}, inside / outside", *values, 1.03, against="same files, plain")
+
+
+@contextmanager
+def _inside(scene: Scene, program: list[str]) -> Iterator[Callable[[str], float]]:
+    ask_r, ask_w = os.pipe2(os.O_CLOEXEC)
+    told_r, told_w = os.pipe2(os.O_CLOEXEC)
+    container = scene.workbench.create(scene.image.id, argv=program, cwd=str(scene.work))
+    started = container.start((ask_r, told_w, 2))
+    os.close(ask_r)
+    os.close(told_w)
+    started.result()
+    with os.fdopen(ask_w, "w", buffering=1) as ask, os.fdopen(told_r) as told:
+        yield _asker(ask.write, told.readline)
+    container.exited.result()
+    container.settle()
+
+
+@contextmanager
+def _outside(scene: Scene, program: list[str]) -> Iterator[Callable[[str], float]]:
+    process = subprocess.Popen(
+        scene.plain(*program), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert process.stdin and process.stdout
+    yield _asker(process.stdin.write, process.stdout.readline)
+    process.communicate()
+
+
+def _asker(write: Callable[[str], object], read: Callable[[], str]) -> Callable[[str], float]:
+    def ask(name: str) -> float:
+        write(name + "\n")
+        return float(read())
+
+    return ask
+
+
+def round_trips(scene: Scene, effort: Effort) -> Iterator[Figure]:
+    """Figure 7: blocks of 50, by turns."""
+    with (
+        kernels.Managed(scene, OURS) as ours,
+        kernels.Managed(scene, PLAIN) as plain,
+        kernels.by_launcher(scene) as launched,
+    ):
+        clients = [ours.client, plain.client, launched]
+        for client in clients:
+            client.settle()
+
+        def block(client: kernels.Client) -> Callable[[], float]:
+            return lambda: timed(lambda: [client.round_trip() for _ in range(50)]) / 50
+
+        mine, peer, relayed = by_turns([block(client) for client in clients], effort.blocks)
+    count = effort.blocks * 50
+    yield compare(f"{count} execute round trips / plain", mine, peer, 1.03, against="same files, plain, TCP")
+    yield compare(f"{count} by the launcher, TCP / plain", relayed, peer, 1.3, against="same files, plain, TCP")
+
+
+def memory(scene: Scene, effort: Effort) -> Iterator[Figure]:
+    """Figure 8: anonymous memory of server, helper and inits; a server's own growth for any kernel is not ours."""
+    ours = _growth(scene, OURS, effort.memory)
+    plain = _growth(scene, PLAIN, effort.memory)
+    values = [a - b for a, b in zip(ours, plain, strict=True)]
+    yield bounded("memory for each further container", values, 256, "KiB")
+
+
+def _growth(scene: Scene, name: str, count: int) -> list[float]:
+    """KiB that each of the last ``count`` kernels added to a server's own processes, as slopes over halves."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.server"], cwd=scene.work, text=True, bufsize=1,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert server.stdin and server.stdout
+    inits: list[int] = []
+    readings = []
+    first = 3  # before that, libraries load
+    for number in range(first + count):
+        server.stdin.write(name + "\n")
+        pid, init = map(int, server.stdout.readline().split())
+        inits.append(init)
+        if number >= first - 1:
+            readings.append(_own(pid, inits if name == OURS else []))
+    server.communicate()
+    half = count // 2
+    return [(readings[start + half] - readings[start]) / half for start in range(len(readings) - half)]
+
+
+def _own(server: int, inits: list[int]) -> float:
+    helpers = Path(f"/proc/{server}/task/{server}/children").read_text().split() if inits else []
+    owns = [server, *inits]
+    owns += [int(pid) for pid in helpers if b"helper" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return sum(_anonymous(pid) for pid in owns)
+
+
+def _anonymous(pid: int) -> float:
+    """KiB: what would be free without that process; what it shares with others through files is not in it."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return float(line.split()[1])
+    return 0.0
+
+
+def disk(scene: Scene) -> Iterator[Figure]:
+    """Figure 8, second half: everything on disk of a started kernel that has done nothing yet."""
+    values = []
+    for _ in range(3):
+        with kernels.Managed(scene, OURS) as kernel:
+            time.sleep(1)
+            container = kernel.manager.provisioner._container  # type: ignore[union-attr]
+            values.append((_blocks(container.folder) + _blocks(container.run_dir)) / 1024)
+    yield bounded("disk of a started, idle one", values, 64, "KiB")
+
+
+def _blocks(folder: str) -> int:
+    """Bytes; what overlayfs keeps for itself in ``work/work`` is an empty folder that a user cannot look into."""
+    total = os.lstat(folder).st_blocks * 512
+    for path, names, files in os.walk(folder):
+        total += sum(os.lstat(os.path.join(path, name)).st_blocks * 512 for name in (*names, *files))
+    return total
+
+
+def every(scene: Scene, podman: Podman | None, effort: Effort, chosen: str) -> Iterator[Figure]:
+    """All of them, each told when it is done. chosen: only groups whose name holds it."""
+    groups: dict[str, Callable[[], Iterator[Figure]]] = {
+        "first": lambda: first_results(scene, podman, effort),
+        "library": lambda: true_by_library(scene, effort),
+        "process": lambda: true_by_process(scene, podman, effort),
+        "fiftieth": lambda: fiftieth(scene, effort),
+        "loops": lambda: loops(scene, effort),
+        "round": lambda: round_trips(scene, effort),
+        "memory": lambda: memory(scene, effort),
+        "disk": lambda: disk(scene),
+    }
+    for name, group in groups.items():
+        if chosen in name:
+            begin = time.monotonic()
+            try:
+                yield from group()
+            except (RuntimeError, OSError, subprocess.SubprocessError, WorkbenchError) as error:
+                say(f"  {name}: not measured: {error}")
+            say(f"{name}: {time.monotonic() - begin:.0f} s")

@@ -1,0 +1,189 @@
+"""Podman and crun, as Debian has them, with storage of their own that is gone afterwards.
+
+What they cannot do on a host as it is, is found out by trying, and said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.scene import Scene, say
+
+_HUGETLB = "/sys/fs/cgroup/hugetlb"
+
+
+def tried(command: Sequence[str], timeout: float = 300) -> str:
+    """Runs a command; empty when it went well, else the last line that it said."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
+                          check=False)  # fmt: skip
+    if done.returncode == 0:
+        return ""
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"
+
+
+@contextlib.contextmanager
+def whole_hierarchy() -> Iterator[None]:
+    """Give crun the one cgroup v1 hierarchy whose absence makes it refuse a mixed host; root only.
+
+    The mount is in this process's own mount namespace.
+    """
+    if os.geteuid() or not os.path.isdir("/sys/fs/cgroup/pids") or os.path.ismount(_HUGETLB):
+        yield
+        return
+    made = not os.path.isdir(_HUGETLB)
+    with contextlib.suppress(OSError):
+        os.makedirs(_HUGETLB, exist_ok=True)
+    mounted = not tried(["mount", "-t", "cgroup", "-o", "hugetlb", "cgroup", _HUGETLB])
+    try:
+        yield
+    finally:
+        if mounted:
+            tried(["umount", "--lazy", _HUGETLB])
+        if made:
+            with contextlib.suppress(OSError):
+                os.rmdir(_HUGETLB)
+
+
+class Podman:
+    """``podman run`` of the same image, layer for layer."""
+
+    def __init__(self, scene: Scene) -> None:
+        program = shutil.which("podman")
+        if not program:
+            raise RuntimeError("podman is not installed; `make bench` does that")
+        self._base = scene.base / "podman"
+        self._base.mkdir()
+        places = {name: str(self._base / name) for name in ("root", "runroot", "tmpdir")}
+        self._program = [
+            program, *(word for name, place in places.items() for word in (f"--{name}", place)),
+            "--storage-driver=overlay", "--cgroup-manager=cgroupfs", "--log-level=error",
+        ]  # fmt: skip
+        self._options: list[str] = []
+        self.image = scene.image.id.removeprefix("sha256:")
+        self.said = "podman"
+
+    def load(self, scene: Scene) -> None:
+        """Hand the image over as an OCI layout, and find out how this host can run it."""
+        say("podman: the same image")
+        layout = self._base / "oci"
+        _layout(scene, layout)
+        if said := tried([*self._program, "pull", "--quiet", f"oci:{layout}"]):
+            raise RuntimeError(f"podman pull: {said}")
+        shutil.rmtree(layout)
+        limits = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1000:1000"]
+        said = ""
+        for network in ([], ["--network=none"]):
+            for runtime in ("crun", "runc"):
+                for ulimits in ([], limits):
+                    self._options = [f"--runtime={runtime}", *network, *ulimits]
+                    if shutil.which(runtime) is None:
+                        continue
+                    said = tried(self.run(command=["true"]))
+                    if not said:
+                        self.said = " ".join(["podman", *self._options]).replace(f"--runtime={runtime}", runtime)
+                        return
+        raise RuntimeError(f"podman run: {said}")
+
+    def run(self, *options: str, image: str = "", command: Sequence[str]) -> list[str]:
+        """A command line."""
+        return [*self._program, "run", "--rm", *self._options, *options, image or self.image, *command]
+
+    def kill(self, name: str) -> None:
+        """End a container at once."""
+        tried([*self._program, "rm", "--force", "--time=0", name])
+
+    def close(self) -> None:
+        """End what podman leaves running for an unprivileged user, and let go of its mounts."""
+        tried([*self._program, "rm", "--all", "--force", "--time=0"])
+        for file in self._base.rglob("pause.pid") if os.geteuid() else ():
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int(file.read_text()), signal.SIGKILL)
+        if os.geteuid() == 0:
+            tried(["umount", "--lazy", str(self._base / "root" / "overlay")])
+
+
+@contextlib.contextmanager
+def podman(scene: Scene) -> Iterator[Podman | None]:
+    """Podman with the image loaded, or None (and why) where it does not work here."""
+    made: Podman | None = None
+    try:
+        made = Podman(scene)
+        made.load(scene)
+    except RuntimeError as error:
+        say(f"  not compared with podman: {error}")
+        if made:
+            made.close()
+        made = None
+    try:
+        yield made
+    finally:
+        if made:
+            made.close()
+
+
+def _layout(scene: Scene, folder: Path) -> None:
+    """An OCI image layout (image-layout.md) with the image's own config and uncompressed layers."""
+    blobs = folder / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
+    kind = "application/vnd.oci.image"
+
+    def described(media: str, digest: str) -> dict[str, Any]:
+        return {"mediaType": f"{kind}.{media}", "digest": digest, "size": (blobs / digest[7:]).stat().st_size}
+
+    for digest in scene.image.diff_ids:
+        scene.workbench.store.write_tar(digest, blobs / digest[7:])
+    config = Path(scene.workbench.home, "blobs", "sha256", scene.image.id[7:]).read_bytes()
+    (blobs / scene.image.id[7:]).write_bytes(config)
+    manifest = json.dumps({
+        "schemaVersion": 2, "mediaType": f"{kind}.manifest.v1+json",
+        "config": described("config.v1+json", scene.image.id),
+        "layers": [described("layer.v1.tar", digest) for digest in scene.image.diff_ids],
+    }).encode()  # fmt: skip
+    name = hashlib.sha256(manifest).hexdigest()
+    (blobs / name).write_bytes(manifest)
+    index = {"schemaVersion": 2, "manifests": [described("manifest.v1+json", f"sha256:{name}")]}
+    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+
+
+class Crun:
+    """``crun run`` of a command over the image's plain tree: one folder, no overlay, no filter, no network."""
+
+    def __init__(self, scene: Scene, command: Sequence[str]) -> None:
+        program = shutil.which("crun")
+        if not program:
+            raise RuntimeError("crun is not installed; `make bench` does that")
+        self._bundle = scene.base / "bundle"
+        self._bundle.mkdir()
+        spec = [program, "spec", *(["--rootless"] if os.geteuid() else [])]
+        subprocess.run(spec, cwd=self._bundle, check=True)
+        file = self._bundle / "config.json"
+        config = json.loads(file.read_text())
+        config["process"] |= {"terminal": False, "args": list(command)}
+        config["root"] = {"path": str(scene.tree), "readonly": True}
+        file.write_text(json.dumps(config))
+        self.said, said = "", ""
+        for options in ([], ["--cgroup-manager=disabled"]):
+            self._program = [program, "--root", str(scene.base / "crun"), *options]
+            said = tried(self._command())
+            if not said:
+                self.said = " ".join(["crun run", *options])
+                return
+        raise RuntimeError(f"crun run: {said}")
+
+    def _command(self) -> list[str]:
+        return [*self._program, "run", "--bundle", str(self._bundle), f"wbb{os.getpid()}"]
+
+    def run(self) -> None:
+        """Run the command to its end."""
+        subprocess.run(self._command(), check=True, stdin=subprocess.DEVNULL)
