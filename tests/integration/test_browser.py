@@ -38,7 +38,7 @@ class App:
     def __init__(self, name: str, root: Path) -> None:
         self.root = root
         extension = bool(PICTURES)
-        self.log = root.parent / f"{name}.log"
+        self.log = Path(os.environ["WORKBENCH_HOME"]).parent / f"{name}.log"
         self.process = subprocess.Popen(
             [sys.executable, "-m", f"jupyter{name}" if name == "lab" else name, "--no-browser", "--port=0",
              f"--ServerApp.root_dir={root}", "--IdentityProvider.token=t",
@@ -79,7 +79,7 @@ def no_news() -> Iterator[None]:
 
 
 def test_jupyterlab_shows_a_card_and_runs_a_notebook(image, tmp_path, page, no_news):
-    root = tmp_path / "root"
+    root = Path("/tmp/analysis") if PICTURES else tmp_path / "root"
     root.mkdir()
     if PICTURES:
         shutil.copy(TOP / "notebooks" / "quickstart.ipynb", root)
@@ -97,19 +97,20 @@ def test_jupyterlab_shows_a_card_and_runs_a_notebook(image, tmp_path, page, no_n
         expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']")).to_be_visible(timeout=60_000)
         page.locator(".jp-CodeCell .cm-content").first.click()
         page.keyboard.press("Shift+Enter")
-        expect(page.locator(".jp-OutputArea-output").first).to_contain_text("uid 0 memfd:init", timeout=60_000)
+        expect(page.locator(".jp-OutputArea-output").first).to_contain_text("uid 0 init", timeout=60_000)
         if PICTURES:
             page.goto(f"{app.url}/lab/tree/quickstart.ipynb?token=t&reset")
             expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']")).to_be_visible(timeout=60_000)
             page.get_by_role("menuitem", name="Run", exact=True).click()
             page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
             page.wait_for_timeout(15_000)
-            for name, top in (("notebook", 0), ("plot", 900)):
+            for name, top in (("notebook", 430), ("plot", 900)):
                 page.locator(".jp-WindowedPanel-outer").first.evaluate(f"e => e.scrollTo(0, {top})")
                 page.wait_for_timeout(1000)
                 page.screenshot(path=f"{PICTURES}/{name}.png")
     finally:
         app.close()
+        shutil.rmtree(root)
 
 
 def test_notebook_7_runs_a_notebook(image, tmp_path, page):
@@ -122,6 +123,6 @@ def test_notebook_7_runs_a_notebook(image, tmp_path, page):
         expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']")).to_be_visible(timeout=60_000)
         page.locator(".jp-CodeCell .cm-content").first.click()
         page.keyboard.press("Shift+Enter")
-        expect(page.locator(".jp-OutputArea-output").first).to_contain_text("uid 0 memfd:init", timeout=60_000)
+        expect(page.locator(".jp-OutputArea-output").first).to_contain_text("uid 0 init", timeout=60_000)
     finally:
         app.close()
