@@ -5,6 +5,7 @@ Set ``WORKBENCH_TEST_HOME`` to a folder with a short path to keep the store betw
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -136,7 +137,8 @@ def traces() -> set[str]:
     """What a run could leave on the machine beside processes, each as text."""
     things = {f"mount {line.split()[4]}" for line in Path("/proc/self/mountinfo").read_text().splitlines()}
     things |= {f"container {name}" for name in _listdir(BASE / "w" / "containers")}
-    things |= {f"staging {name}" for name in _listdir(BASE / "w" / "tmp")}
+    staging = BASE / "w" / "tmp"
+    things |= {f"staging {name}" for name in _listdir(staging) if not _dead_lease(staging / name)}
     folders = [str(BASE / "j" / "runtime"), "/run/netns"]
     if not SHARED_HOST:
         things |= {f"link {name}" for name in os.listdir("/sys/class/net")}
@@ -149,6 +151,16 @@ def traces() -> set[str]:
     for folder in folders:
         things |= {f"{folder}/{name}" for name in _listdir(folder) if re.match(r"workbench|wb", name)}
     return things
+
+
+def _dead_lease(path: Path) -> bool:
+    """An empty file that a killed process held: it means nothing, and goes when the store is opened next."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return path.suffix == ".lease"
 
 
 def _listdir(folder: Path | str) -> Sequence[str]:

@@ -7,7 +7,6 @@ process that started one can wait for it.
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import threading
 import time
@@ -27,7 +26,7 @@ from workbench.model import Conflict, Exit, InvalidInput, NotFound
 
 def new_id() -> str:
     """Twelve hexadecimal digits."""
-    return secrets.token_hex(6)
+    return os.urandom(6).hex()
 
 
 class Container:

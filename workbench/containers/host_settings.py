@@ -7,15 +7,14 @@ environment is looked at, and only addresses that mean something inside (``http`
 
 from __future__ import annotations
 
-import configparser
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -50,9 +49,7 @@ SECURITY = "http://security.debian.org/debian-security"
 _DEFAULTS = ("deb.debian.org", "security.debian.org")
 
 
-def discover(
-    environ: Mapping[str, str] = os.environ, *, suite: str | None = None, root: str = "/"
-) -> Settings:
+def discover(environ: Mapping[str, str] = os.environ, *, suite: str | None = None, root: str = "/") -> Settings:
     """What the host offers, as variables, files and texts for a container.
 
     environ: the user's environment; suite: the Debian suite inside, for which a mirror that the host uses is
@@ -86,11 +83,7 @@ def _with_mirrors(settings: Settings, suite: str) -> Settings:
 def apt_sources(suite: str, mirrors: Mapping[str, str] = {}) -> str:
     """The sources of a Debian suite as mmdebstrap writes them by itself; ``mirrors`` replaces addresses."""
     debian, security = mirrors.get("debian", DEBIAN), mirrors.get("security", SECURITY)
-    return (
-        f"deb {debian} {suite} main\n"
-        f"deb {debian} {suite}-updates main\n"
-        f"deb {security} {suite}-security main\n"
-    )
+    return f"deb {debian} {suite} main\ndeb {debian} {suite}-updates main\ndeb {security} {suite}-security main\n"
 
 
 def _apt_conf(certificates: bool, proxies: Mapping[str, str]) -> str:
@@ -126,7 +119,7 @@ class _Host:
     # Certificates and proxies
 
     def ca_bundle(self) -> str | None:
-        pip_cert = dict(self._pip_files()).get("cert", "")
+        pip_cert = self._pip_files.get("cert", "")
         named = [self.environ.get(name, "") for name in _CA_VARIABLES]
         for candidate in [*named, pip_cert, *(str(self.path(bundle)) for bundle in _BUNDLES)]:
             if candidate and os.path.isfile(candidate) and os.access(candidate, os.R_OK):
@@ -139,8 +132,13 @@ class _Host:
 
     # Python packages
 
-    def _pip_files(self) -> Iterator[tuple[str, str]]:
-        """pip's options from its files, in pip's order: what comes later wins."""
+    @cached_property
+    def _pip_files(self) -> dict[str, str]:
+        """pip's options from its files."""
+        return dict(self._read_pip_files())
+
+    def _read_pip_files(self) -> Iterator[tuple[str, str]]:
+        """In pip's order: what comes later wins."""
         environ = self.environ
         config_home = environ.get("XDG_CONFIG_HOME") or f"{self.home}/.config"
         paths = [str(self.path(f"{folder}/pip/pip.conf")) for folder in ("/etc/xdg",)]
@@ -154,6 +152,12 @@ class _Host:
         if own == os.devnull:
             return
         for path in [*paths, *([own] if own else [])]:
+            if not os.path.exists(path):
+                continue
+            import configparser
+
+            if not os.path.exists(path):
+                continue
             parser = configparser.RawConfigParser()
             try:
                 parser.read(path, "utf-8")
@@ -164,7 +168,7 @@ class _Host:
                     yield from ((name.replace("_", "-"), value) for name, value in parser.items(section))
 
     def pip(self) -> dict[str, str]:
-        found = dict(self._pip_files())
+        found = dict(self._pip_files)
         for name in _PIP_OPTIONS:
             variable = self.environ.get(f"PIP_{name.upper().replace('-', '_')}")
             if variable is not None:
@@ -195,6 +199,10 @@ class _Host:
     def _uv_file(self) -> Iterator[tuple[str, str]]:
         config_home = self.environ.get("XDG_CONFIG_HOME") or f"{self.home}/.config"
         for path in (str(self.path("/etc/uv/uv.toml")), f"{config_home}/uv/uv.toml"):
+            if not os.path.exists(path):
+                continue
+            import tomllib
+
             try:
                 with open(path, "rb") as file:
                     data = tomllib.load(file)

@@ -7,7 +7,7 @@ the image's ID is their sha256.
 from __future__ import annotations
 
 import hashlib
-import platform
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
@@ -95,7 +95,7 @@ def encode(
     if marks:
         run["Labels"] = marks
     document: dict[str, Any] = {
-        "architecture": architecture or _ARCHITECTURES.get(platform.machine(), platform.machine()),
+        "architecture": architecture or _ARCHITECTURES.get(os.uname().machine, os.uname().machine),
         "config": run,
         "os": "linux",
         "rootfs": {"type": "layers", "diff_ids": layers},

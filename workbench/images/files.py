@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -89,7 +88,7 @@ def locked(folder: str, *, exclusive: bool) -> Iterator[None]:
 
 def claim(tmp: str, name: str = "", *, folder: bool = True) -> tuple[str, int]:
     """A new entry below ``tmp`` and the descriptor whose lock says that its holder lives."""
-    name = name or secrets.token_hex(8)
+    name = name or os.urandom(8).hex()
     path = os.path.join(tmp, name)
     # Under tmp's own lock nobody sees the entry before it is held.
     with locked(tmp, exclusive=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -193,6 +192,8 @@ class Refs:
 
     def _unknown(self, text: str) -> NotFound:
         known = [name.removesuffix(f":{DEFAULT_TAG}") for name in self._names()]
+        import difflib
+
         near = difflib.get_close_matches(text.removesuffix(f":{DEFAULT_TAG}"), known, n=1)
         if near:
             remedy = f"did you mean {near[0]}?"

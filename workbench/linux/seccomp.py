@@ -12,7 +12,6 @@ import ctypes
 import functools
 import json
 import os
-import platform
 import struct
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
@@ -97,9 +96,9 @@ def compile(path: str, capabilities: frozenset[str], *, fake_ownership: bool = F
     """
     with open(path, "rb") as file:
         profile = json.load(file)
-    architecture = _ARCHITECTURES.get(platform.machine())
+    architecture = _ARCHITECTURES.get(os.uname().machine)
     if architecture is None:
-        raise HostLacks("compile the system call filter", f"no profile for {platform.machine()}", "")
+        raise HostLacks("compile the system call filter", f"no profile for {os.uname().machine}", "")
     rules = [rule for rule in profile["syscalls"] if _applies(rule, architecture, capabilities)]
     refusals = [rule for rule in rules if rule["action"] != "SCMP_ACT_ALLOW"]
     allowances = [rule for rule in rules if rule["action"] == "SCMP_ACT_ALLOW"]
@@ -124,7 +123,7 @@ def load(program: bytes) -> None:
     code = ctypes.create_string_buffer(program, len(program))
     what = struct.pack("HP", len(program) // 8, ctypes.addressof(code))  # struct sock_fprog
     libc = ctypes.CDLL(None, use_errno=True)
-    number = {"x86_64": 317, "aarch64": 277}[platform.machine()]
+    number = {"x86_64": 317, "aarch64": 277}[os.uname().machine]
     # SECCOMP_FILTER_FLAG_SPEC_ALLOW: kernels before 5.16 would slow every branch of the process down
     # (Speculative Store Bypass) for a filter; runc and crun ask for the same.
     arguments = (ctypes.c_long(number), ctypes.c_long(1), ctypes.c_long(1 << 2), what)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 import struct
 from typing import Any
 
@@ -78,7 +77,7 @@ PR_CAP_AMBIENT_CLEAR_ALL = 4
 # keyctl(2)
 KEYCTL_JOIN_SESSION_KEYRING = 1
 
-_MACHINE = platform.machine()
+_MACHINE = os.uname().machine
 _NR: dict[str, int] = {
     "clone": {"x86_64": 56, "aarch64": 220}[_MACHINE],
     "setns": {"x86_64": 308, "aarch64": 268}[_MACHINE],
