@@ -140,7 +140,7 @@ def in_worker(
     terminal: bool,
     loopback_up: Callable[[], None] | None,
 ) -> NoReturn:
-    """The worker: join the child's namespaces and lay the root out.
+    """The worker, born into the child's pid namespace: join its others and lay the root out.
 
     child: a pidfd; sources: host paths already opened as detached trees; contents: host files already read;
     loopback_up: None where the network is the host's. Reports ``ok`` (with the terminal's master as a descriptor
@@ -154,12 +154,6 @@ def in_worker(
         if loopback_up is None:
             kinds &= ~sc.CLONE_NEWNET
         sc.setns(child, kinds)
-        # Only who is born into a pid namespace is a member of it, and only a member can mount its /proc.
-        sc.setns(child, sc.CLONE_NEWPID)
-        member = os.fork()
-        if member:
-            _, status = os.waitpid(member, 0)
-            os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
         os.setresgid(0, 0, 0)
         os.setresuid(0, 0, 0)
         os.umask(0o022)

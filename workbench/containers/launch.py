@@ -13,7 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
 
@@ -98,15 +98,16 @@ class Launcher:
         }  # fmt: skip
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs:
-            running.pid = sc.clone(flags, signal.SIGCHLD)
-            if running.pid == 0:
-                ours.close()
-                enter.in_child(theirs, **parameters)  # type: ignore[arg-type]
+            with running.group.joined() if running.group else nullcontext():
+                running.pid = sc.clone(flags, signal.SIGCHLD)
+                if running.pid == 0:
+                    ours.close()
+                    enter.in_child(theirs, **parameters)  # type: ignore[arg-type]
             theirs.close()
             running.pidfd = os.pidfd_open(running.pid)
             running.started = links.start_time(running.pid)
             self._write_maps(running)
-            if running.group:
+            if running.group and running.group.kind != "v1":
                 running.group.add(running.pid)
             self._furnish(running, run_dir)
             ours.send(b"g")
@@ -165,18 +166,25 @@ class Launcher:
             running.terminal = fds[0]
 
     def _fork_worker(self, running: Running, report: socket.socket, steps: Sequence[mounts.Mount]) -> int:
-        worker = os.fork()
-        if worker == 0:
-            enter.in_worker(
-                report,
-                running.pidfd,
-                steps,
-                sources=running.sources,
-                contents=running.contents,
-                hostname=running.spec.hostname,
-                terminal=running.spec.terminal,
-                loopback_up=network.loopback_up if running.spec.network != "host" else None,
-            )
+        own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # Only who is born into a pid namespace is a member of it, and only a member can mount its /proc.
+            sc.setns(running.pidfd, sc.CLONE_NEWPID)
+            worker = os.fork()
+            if worker == 0:
+                enter.in_worker(
+                    report,
+                    running.pidfd,
+                    steps,
+                    sources=running.sources,
+                    contents=running.contents,
+                    hostname=running.spec.hostname,
+                    terminal=running.spec.terminal,
+                    loopback_up=network.loopback_up if running.spec.network != "host" else None,
+                )
+        finally:
+            sc.setns(own, sc.CLONE_NEWPID)
+            os.close(own)
         return worker
 
     def _open_sources(self, running: Running, steps: Sequence[mounts.Mount], run_dir: str) -> None:

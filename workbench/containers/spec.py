@@ -127,9 +127,15 @@ def guard(
     otherwise. Raises InvalidInput for a mount of something private.
     """
     mounted = list(mounted)
+    if not mounted:
+        return [], []
     named = {mount.target for mount in mounted}
     closed = set(map(os.path.realpath, private))
-    dotted = {path for home in set(map(os.path.realpath, homes)) - {"/"} for path in _dot_files(home)}
+    near = {
+        home for home in set(map(os.path.realpath, homes)) - {"/"}
+        if any(_within(home, mount.source) or _within(mount.source, home) for mount in mounted)
+    }  # fmt: skip
+    dotted = {path for home in near for path in _dot_files(home)}
     hidden, fixed = set(), set()
     for mount in mounted:
 

@@ -63,7 +63,7 @@ def save(folder: str, state: dict[str, Any], *, durable: bool = False) -> None:
     path = os.path.join(folder, STATE)
     new = f"{path}.{os.getpid()}"
     with open(new, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        json.dump(state, file)
+        file.write(json.dumps(state))  # all at once: dump() is slower
         if durable:
             file.flush()
             os.fsync(file.fileno())
