@@ -43,7 +43,7 @@ def test_jupyter_execute(tmp_path: Path) -> None:
 
 
 def test_jupyter_execute_says_why_a_kernel_died(tmp_path: Path) -> None:
-    path = notebook(tmp_path, "import os; os.kill(os.getpid(), 9)")
+    path = notebook(tmp_path, "import os, time; time.sleep(0.3); os.kill(os.getpid(), 9)")
     command = [sys.executable, "-m", "jupyter", "execute", "--kernel_name=wb-python", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
@@ -108,6 +108,6 @@ def test_jupyter_console(tmp_path: Path) -> None:
     console.expect(r"KeyboardInterrupt", timeout=10)
     console.type("print('still', 'here')")
     console.expect(r"still here")
-    console.type("import os; os.kill(os.getpid(), 11)")
+    console.type("import os; time.sleep(0.3); os.kill(os.getpid(), 11)")
     console.expect(r"Kernel died: .*SIGSEGV")
     console.close()

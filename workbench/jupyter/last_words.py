@@ -5,7 +5,9 @@ may take over: every client's SUB socket reconnects to that name by itself (libz
 one ``stream`` message on stderr, signed like the kernel's own. To be shown, it must name the request that was
 running as its parent. So a SUB socket of ours follows the kernel's ``status`` messages, two short ones for each
 execution (``busy`` is the first that a kernel says of a request), and takes them out of its queue at most twice a
-second, so that the kernel's round trips don't feel it.
+second, so that the kernel's round trips don't feel it. (A kernel that dies in the first milliseconds of a cell, or
+in one call that holds the interpreter's lock from there on, takes that message along in a queue of its own memory:
+then only the log has the reason.)
 
 One thread, for all kernels of this process, that sleeps while nothing happens. It owns the sockets: a ZeroMQ
 socket is not to be shared between threads.
@@ -122,6 +124,7 @@ class LastWords:
         self._forget(listener)
         socket = self._context.socket(zmq.SUB)
         socket.linger = 0
+        socket.reconnect_ivl = 10  # ms; a client may ask at once when the kernel is up
         socket.rcvhwm = 0  # a full queue would keep the oldest; the latest counts
         if listener.curve:
             socket.curve_publickey, socket.curve_secretkey = listener.curve
