@@ -166,25 +166,47 @@ class Launcher:
             running.terminal = fds[0]
 
     def _fork_worker(self, running: Running, report: socket.socket, steps: Sequence[mounts.Mount]) -> int:
-        own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            # Only who is born into a pid namespace is a member of it, and only a member can mount its /proc.
-            sc.setns(running.pidfd, sc.CLONE_NEWPID)
-            worker = os.fork()
-            if worker == 0:
-                enter.in_worker(
-                    report,
-                    running.pidfd,
-                    steps,
-                    sources=running.sources,
-                    contents=running.contents,
-                    hostname=running.spec.hostname,
-                    terminal=running.spec.terminal,
-                    loopback_up=network.loopback_up if running.spec.network != "host" else None,
-                )
-        finally:
-            sc.setns(own, sc.CLONE_NEWPID)
-            os.close(own)
+        worker = self._fork_into(running.pidfd)
+        if worker == 0:
+            enter.in_worker(
+                report,
+                running.pidfd,
+                steps,
+                sources=running.sources,
+                contents=running.contents,
+                hostname=running.spec.hostname,
+                terminal=running.spec.terminal,
+                loopback_up=network.loopback_up if running.spec.network != "host" else None,
+            )
+        return worker
+
+    def _fork_into(self, child: int) -> int:
+        """fork(2) whose child is born into another pid namespace: only a member of it can mount its /proc.
+
+        child: a pidfd of a process in there. What the helper forks next is to be its own again, and the way back
+        into the host's namespace is root's alone; for others a process in between goes (pid_namespaces(7)).
+        """
+        if self.ids.kind == "root":
+            own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+            sc.setns(child, sc.CLONE_NEWPID)
+            try:
+                worker = os.fork()
+            except OSError:
+                worker = -1
+            if worker:
+                sc.setns(own, sc.CLONE_NEWPID)
+                os.close(own)
+            if worker < 0:
+                raise LaunchFailed("start a container", "no process can be made", "try again when fewer are running")
+            return worker
+        worker = os.fork()
+        if worker == 0:
+            member = -1
+            with suppress(OSError):
+                sc.setns(child, sc.CLONE_NEWPID)
+                member = os.fork()
+            if member:
+                os._exit(os.waitstatus_to_exitcode(os.waitpid(member, 0)[1]) & 0xFF if member > 0 else 1)
         return worker
 
     def _open_sources(self, running: Running, steps: Sequence[mounts.Mount], run_dir: str) -> None:
