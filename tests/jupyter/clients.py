@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import socket
 import subprocess
 import time
@@ -235,4 +234,6 @@ def interrupt_message(client: BlockingKernelClient) -> None:
     client.control_channel.send(client.session.msg("interrupt_request", {}))
 
 
-SIGINT = signal.SIGINT
+#: Takes all memory there is. Where rlimits stand in for a control group, one call, so that Python has some left to
+#: tell it; else in steps, so that the kernel's own threads get their turn before it is killed.
+HUNGRY = "x = []\nwhile True: x.append(bytearray(1_000_000))" if os.getuid() == 0 else "x = bytearray(2_000_000_000)"

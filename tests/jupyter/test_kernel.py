@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jupyter.clients import family, gone, run, timed
+from tests.jupyter.clients import HUNGRY, family, gone, run, timed
 from tests.jupyter.conftest import Start
 from workbench.model import WorkbenchError
 
@@ -93,7 +93,7 @@ def test_memory_limit_says_why(start: Start, caplog: pytest.LogCaptureFixture) -
     from traitlets.config import Config
 
     manager, client = start(traits={"config": Config({"Workbench": {"memory": "300M"}})})
-    request = client.execute("x = []\nwhile True: x.append(bytearray(1_000_000))")
+    request = client.execute(HUNGRY)
     words = _last_words(client, request)
     if words == "MemoryError":  # no control group to be had: rlimits, and Python says itself what it met
         assert os.getuid()

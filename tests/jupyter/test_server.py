@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import websocket
 
-from tests.jupyter.clients import Outputs, family
+from tests.jupyter.clients import HUNGRY, Outputs, family
 from tests.jupyter.conftest import Server
 
 
@@ -109,7 +109,7 @@ def test_a_memory_limit_is_told_and_others_go_on(image: str, tmp_path: Path) -> 
         one, other = Session(server, "one.ipynb"), Session(server, "other.ipynb")
         other.run("y = 7")
         one.run("1")
-        request = one.execute("x = []\nwhile True: x.append(bytearray(1_000_000))")
+        request = one.execute(HUNGRY)
         told, restarted = "", False
         for message in one.messages():
             if message["header"]["msg_type"] == "stream" and message["parent_header"].get("msg_id") == request:
