@@ -1,4 +1,4 @@
-"""Clients that know no provisioner: one test for each one's way, see the table in docs/design.md."""
+"""Clients that know no provisioner: a test for each one's way."""
 
 from __future__ import annotations
 

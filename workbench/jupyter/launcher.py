@@ -18,7 +18,6 @@ import signal
 import socket
 import sys
 import time
-from concurrent.futures import Future
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,8 @@ from workbench.jupyter.relay import Relay
 from workbench.model import Exit, InvalidInput, LaunchFailed, WorkbenchError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from workbench.containers.client import HelperClient
     from workbench.containers.container import Container
     from workbench.workbench import Workbench

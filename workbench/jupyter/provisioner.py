@@ -78,7 +78,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         if self._container is None:
             self._container = self._create(bench, image, argv, str(kwargs.get("cwd") or os.getcwd()), environ)
             self._set_transport(f"{self._container.run_dir}/{connection.PREFIX}")
-        if encrypt and km.curve_publickey is None:
+        if encrypt and self._keys() is None:
             import zmq
 
             # made once, like the session's key: the connection file stays through a restart
@@ -89,7 +89,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             key=km.session.key.decode(),
             signature_scheme=km.session.signature_scheme,
             kernel_name=km.kernel_name,
-            curve=(km.curve_publickey.decode(), km.curve_secretkey.decode()) if km.curve_publickey else None,
+            curve=(keys[0].decode(), keys[1].decode()) if (keys := self._keys()) else None,
         )
         return {**kwargs, "cmd": argv, "env": connection.kernel_env(environ)}
 
@@ -103,6 +103,12 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             connection.require_curve(kernel, self.image)
             return True
         return bool(policy == "auto" and "curve" in kernel.supported_encryption)
+
+    def _keys(self) -> tuple[bytes, bytes] | None:
+        """The manager's CURVE keys; before jupyter_client 8.9 it knows none."""
+        km: Any = self.parent
+        public = getattr(km, "curve_publickey", None)
+        return (public, km.curve_secretkey) if public else None
 
     def _create(
         self, bench: Workbench, image: Image, argv: list[str], cwd: str, environ: Mapping[str, str]
@@ -234,7 +240,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         self._listener = last_words.Listener(
             f"ipc://{km.ip}-{connection.number('iopub')}",
             km.session,
-            (km.curve_publickey, km.curve_secretkey) if km.curve_publickey else None,
+            self._keys(),
         )
         last_words.instance().follow(self._listener)
 
