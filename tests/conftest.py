@@ -135,7 +135,8 @@ def our_processes() -> dict[int, Process]:
 
 def traces() -> set[str]:
     """What a run could leave on the machine beside processes, each as text."""
-    things = {f"mount {line.split()[4]}" for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    mounted = {line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    things = {f"mount {path}" for path in mounted if not path.startswith("/sys/kernel/")}  # those mount themselves
     things |= {f"container {name}" for name in _listdir(BASE / "w" / "containers")}
     staging = BASE / "w" / "tmp"
     things |= {f"staging {name}" for name in _listdir(staging) if not _dead_lease(staging / name)}

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -146,24 +145,10 @@ def test_killed_helper(ids: dict[str, Any]) -> None:
     os.kill(helper, signal.SIGKILL)
     process.wait(timeout=20)
     assert gone(names)
-    # A lock of the number that a killed one had is no lock any more, but its file is; the next launch takes it over.
-    for number in os.listdir("/run/workbench/slots") if os.path.isdir("/run/workbench/slots") else ():
-        _take_stale(f"/run/workbench/slots/{number}")
+    if ids["kind"] == "root":
+        from workbench.containers import launch
 
-
-def _take_stale(path: str) -> None:
-    import fcntl
-
-    from workbench.containers import launch
-
-    with suppress(OSError):
-        fd = os.open(path, os.O_RDWR)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-        else:
-            launch.release_slot(int(os.path.basename(path)), fd)
+        launch.sweep_slots()
 
 
 # --- the bridge, in a host of its own: a network namespace that stands for one ---------------------------------

@@ -39,6 +39,7 @@ class Running:
     pid: int = -1
     started: str = ""
     pidfd: int = -1
+    worker: int = -1
     terminal: int = -1
     lock: int = -1
     slot: int = 0
@@ -112,6 +113,7 @@ class Launcher:
             self._furnish(running, run_dir)
             ours.send(b"g")
             failure = ours.recv(4096).decode(errors="replace")
+            self._reap_worker(running)  # not before, since the end of a process takes its time
             if failure:
                 self._refuse(running, failure)
 
@@ -151,15 +153,12 @@ class Launcher:
         self._open_sources(running, steps, run_dir)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs:
-            worker = self._fork_worker(running, theirs, steps)
+            running.worker = self._fork_worker(running, theirs, steps)
             theirs.close()
-            try:
-                running.attachment = network.attach(
-                    wanted.network, pid=running.pid, slot=running.slot, container_id=wanted.id, rootful=rootful
-                )
-                answer, fds, _, _ = socket.recv_fds(ours, 4096, 1)
-            finally:
-                os.waitpid(worker, 0)
+            running.attachment = network.attach(
+                wanted.network, pid=running.pid, slot=running.slot, container_id=wanted.id, rootful=rootful
+            )
+            answer, fds, _, _ = socket.recv_fds(ours, 4096, 1)
         if answer != b"ok":
             raise LaunchFailed(f"start container {wanted.id}", answer.decode(errors="replace") or "its worker died")
         if fds:
@@ -275,11 +274,18 @@ class Launcher:
                 return Exit(code, f"killed by {signal.Signals(code - 128).name}")
         return Exit(code, f"ended with exit code {code}" if code else "")
 
+    @staticmethod
+    def _reap_worker(running: Running) -> None:
+        if running.worker > 0:
+            os.waitpid(running.worker, 0)
+            running.worker = -1
+
     def _undo(self, running: Running) -> None:
         """Give back whatever a start took, in reverse."""
         if running.pid > 0:
             with suppress(ProcessLookupError):
                 os.kill(running.pid, signal.SIGKILL)
+            self._reap_worker(running)  # the end of an init waits for every member of its namespace
             os.waitpid(running.pid, 0)
         for fd in (running.pidfd, running.terminal):
             if fd >= 0:
@@ -362,6 +368,21 @@ def _wait_for_end(pid: int, seconds: float = 5.0) -> None:
             time.sleep(0.005)
 
 
+def sweep_slots() -> None:
+    """Give back the numbers of helpers that were killed."""
+    with suppress(FileNotFoundError):
+        for number in os.listdir(SLOTS_FOLDER):
+            fd = os.open(f"{SLOTS_FOLDER}/{number}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                continue
+            release_slot(int(number), fd)
+    with suppress(OSError):
+        os.rmdir(SLOTS_FOLDER)
+
+
 def bury(folder: str, name: str) -> None:
     """Tidy up after a container whose helper was killed: its group, its links, its sockets, its folder if unchanged.
 
@@ -375,6 +396,7 @@ def bury(folder: str, name: str) -> None:
             _wait_for_end(known["pid"])
     cgroup.Cgroup.forget(name)
     network.sweep()
+    sweep_slots()
     try:
         lock = state.hold(folder)
     except Conflict:
