@@ -178,7 +178,7 @@ def test_no_descriptor_stays(running: Running) -> None:
         assert other.recv(1) == b""
         other.close()
     time.sleep(0.2)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     client.close()
     kernel.close()
 
