@@ -181,12 +181,16 @@ def test_an_ended_server_leaves_nothing(image: str, tmp_path: Path, how: str) ->
 
     before = set(our_processes())
     server = Server(tmp_path)
-    notebook = Session(server)
-    assert notebook.run("1 + 1").text == "2"
-    everything = family(before)
-    assert len(everything) >= 3
-    getattr(server.process, how)()
-    server.process.wait(timeout=30)
+    try:
+        notebook = Session(server)
+        assert notebook.run("1 + 1").text == "2"
+        everything = family(before)
+        assert len(everything) >= 3
+        getattr(server.process, how)()
+        server.process.wait(timeout=30)
+    finally:
+        server.process.kill()
+        server.process.wait()
     assert gone(everything)
     for file in Path(os.environ["JUPYTER_RUNTIME_DIR"]).glob("*"):
         file.unlink()  # a killed server leaves its own files, as every server does
