@@ -53,6 +53,7 @@ PEERS = (
 BROWSER = (
     Tool("chromium", "the browser of the user interface tests", "chromium"),
     Tool("fonts-dejavu-core", "letters for it"),
+    Tool("libatomic1", "for the program that drives it"),
     Tool("libatomic1", "a library of the program that drives it"),
 )
 #: goal: (extras of the package, Debian packages)
