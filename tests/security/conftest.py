@@ -1,4 +1,4 @@
-"""The library's own face, for tests that look inside."""
+"""A workbench of one's own, and a folder to work in."""
 
 from __future__ import annotations
 
