@@ -142,8 +142,14 @@ class Server:
         )
         # No proxy for the way to ourselves.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=120) as answer:
-            text = answer.read()
+        try:
+            with opener.open(request, timeout=120) as answer:
+                text = answer.read()
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")
+            with suppress(ValueError, KeyError, TypeError):
+                said = json.loads(said)["message"]
+            raise DemoError(f"{method} {path}: {error}: {said}") from None
         return json.loads(text) if text else None
 
     def wait(self, timeout: float = 60.0) -> str:
