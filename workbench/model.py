@@ -125,7 +125,10 @@ def format_size(size: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """A host folder or file seen inside: absolute paths, never created on the host."""
+    """A host folder or file seen inside: absolute paths, never created on the host.
+
+    source: without symbolic links (``os.path.realpath``), which a start does not follow.
+    """
 
     source: str
     target: str

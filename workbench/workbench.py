@@ -172,8 +172,9 @@ class Workbench(LoggingConfigurable):
         self, image: Image, argv: Sequence[str] | None, cwd: str | None, env: Mapping[str, str], terminal: bool,
         mounts: Sequence[Mount], limits: Limits | None, network: Network | None,
     ) -> spec.ContainerSpec:  # fmt: skip
-        own = spec.working_folder(cwd) if cwd else []
-        shown = [*own, *(spec.parse_mount(text) for text in self.mounts), *mounts]
+        own = spec.working_folder(cwd, homes=_homes()) if cwd else []
+        given = [replace(mount, source=os.path.realpath(mount.source)) for mount in mounts]
+        shown = [*own, *(spec.parse_mount(text) for text in self.mounts), *given]
         hidden, fixed = spec.guard(shown, homes=_homes(), private=self._private(), programs=_programs())
         suite = dict(image.labels).get(SUITE_LABEL)
         settings = self.settings(suite)

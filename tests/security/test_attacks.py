@@ -22,14 +22,16 @@ from workbench.workbench import Workbench
 SCRIPT = (Path(__file__).parent / "attacks.py").read_text()
 
 #: Not one of them may do anything, whatever the arguments.
-REFUSED = """
-acct add_key bpf clock_settime create_module delete_module fanotify_init finit_module fsconfig fsmount fsopen fspick
-get_kernel_syms init_module io_uring_enter io_uring_register io_uring_setup ioperm iopl kcmp
-kexec_file_load kexec_load keyctl listmount lookup_dcookie lsm_list_modules migrate_pages mount mount_setattr
-move_mount move_pages nfsservctl open_by_handle_at open_tree perf_event_open pivot_root process_madvise query_module
-quotactl quotactl_fd reboot request_key set_mempolicy_home_node setdomainname sethostname setns settimeofday statmount
-swapoff swapon sysfs _sysctl syslog umount2 unshare uselib userfaultfd ustat vhangup
-""".split()
+REFUSED = [
+    "acct", "add_key", "bpf", "clock_settime", "create_module", "delete_module", "fanotify_init", "finit_module",
+    "fsconfig", "fsmount", "fsopen", "fspick", "get_kernel_syms", "init_module", "io_uring_enter", "io_uring_register",
+    "io_uring_setup", "ioperm", "iopl", "kcmp", "kexec_file_load", "kexec_load", "keyctl", "listmount",
+    "lookup_dcookie", "lsm_list_modules", "migrate_pages", "mount", "mount_setattr", "move_mount", "move_pages",
+    "nfsservctl", "open_by_handle_at", "open_tree", "perf_event_open", "pivot_root", "process_madvise", "query_module",
+    "quotactl", "quotactl_fd", "reboot", "request_key", "set_mempolicy_home_node", "setdomainname", "sethostname",
+    "setns", "settimeofday", "statmount", "swapoff", "swapon", "sysfs", "_sysctl", "syslog", "umount2", "unshare",
+    "uselib", "userfaultfd", "ustat", "vhangup",
+]  # fmt: skip
 #: Allowed for harmless arguments; the script knows which are not.
 SPECIAL = ("capset", "clock_adjtime", "clone", "ioctl", "personality", "prctl", "ptrace", "socket")
 

@@ -241,7 +241,7 @@ class _Build:
             cwd="/",
             layers=tuple(self._lowers()),
             hostname="build",  # the same everywhere: some packages write it down
-            mounts=(*run.mounts, *offered),
+            mounts=(*(replace(mount, source=os.path.realpath(mount.source)) for mount in run.mounts), *offered),
             texts=self.settings.texts,
             limits=Limits(processes=spec.DEFAULT_PROCESSES),
             network="outbound",

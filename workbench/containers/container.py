@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -195,9 +194,6 @@ class Containers:
     ) -> Container:
         """Lay a container out on disk. folder: elsewhere than among the listed ones (a build's staging)."""
         folder = folder or os.path.join(self.folder, spec.id)
-        # What is mounted is settled now: a start follows no link that somebody has put there meanwhile.
-        mounts = tuple(replace(mount, source=os.path.realpath(mount.source)) for mount in spec.mounts)
-        spec = replace(spec, mounts=mounts)
         os.makedirs(os.path.dirname(folder), 0o700, exist_ok=True)
         known = {
             "id": spec.id, "image": image, "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -103,17 +103,25 @@ def environment(
     return tuple(sorted(env.items()))
 
 
-def working_folder(folder: str) -> list[HostMount]:
+def working_folder(folder: str, *, homes: Iterable[str]) -> list[HostMount]:
     """The mount of the folder that a kernel works in: it, at the same path, never above it; none for ``/``.
 
-    Raises InvalidInput for a folder that a container has of its own instead.
+    Raises InvalidInput for a folder that a container has of its own instead, and for a link that leads to what is
+    hidden in a home: a kernel could have put it there for others.
     """
-    folder = os.path.realpath(folder)
+    tried, remedy = "mount the working folder", "work in another folder"
+    named = os.path.abspath(folder)
+    try:
+        folder = os.path.realpath(folder)
+    except OSError as error:  # it is changing while one looks
+        raise InvalidInput(tried, f"{folder}: {error.strerror}", remedy) from None
     if folder == "/":
         return []
     own = any(_within(folder, path) for path in _OWN) and not folder.startswith("/dev/shm/")
-    if own or (folder in _RESERVED and folder != "/tmp"):
-        raise InvalidInput("mount the working folder", f"{folder} is a part of the system", "work in another folder")
+    if own or folder in _OTHERS:
+        raise InvalidInput(tried, f"{folder} is a part of the system", remedy)
+    if named != folder and any(_within(folder, path) for home in homes for path in _dot_files(os.path.realpath(home))):
+        raise InvalidInput(tried, f"{named} is a link to {folder}", remedy)
     return [HostMount(folder, folder)]
 
 
@@ -170,6 +178,8 @@ def _within(path: str, folder: str) -> bool:
 #: What a container has of its own: neither these nor what is below can be worked in.
 _OWN = ("/proc", "/sys", "/dev", RUN)
 _RESERVED = ("/", "/proc", "/sys", "/dev", "/run", "/etc", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/tmp", "/var")
+#: Of these, those that nobody works in, with what /bin and its kin are links to.
+_OTHERS = {*_RESERVED, "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib64", "/boot"} - {"/tmp"}
 
 
 def parse_mount(text: str) -> HostMount:
@@ -178,7 +188,10 @@ def parse_mount(text: str) -> HostMount:
     read_only = parts[-1] in ("ro", "rw") and parts.pop() == "ro"
     if not parts or len(parts) > 2 or not parts[0]:
         raise InvalidInput("read a mount", f"{text!r}", "write it as SOURCE[:TARGET][:ro]")
-    source = os.path.realpath(os.path.expanduser(parts[0]))
+    try:
+        source = os.path.realpath(os.path.expanduser(parts[0]))
+    except OSError as error:
+        raise InvalidInput("read a mount", f"{parts[0]}: {error.strerror}", "name a folder of your own") from None
     target = os.path.normpath(parts[1]) if len(parts) == 2 else source
     if not os.path.exists(source):
         raise InvalidInput("read a mount", f"{source} does not exist", "name a folder or file of the host")
