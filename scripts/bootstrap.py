@@ -24,6 +24,8 @@ TOP = Path(__file__).resolve().parent.parent
 VENV = TOP / ".venv"
 LOGS = TOP / ".cache" / "setup"
 IDS = 65536
+#: The interpreter behind an environment that happens to be active: that one may be ours.
+PYTHON = os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable)
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def _lines(file: Path) -> list[str]:
 
 def fingerprint(extras: str) -> str:
     """What the environment was made from: another one means pip has to look again."""
-    text = f"{sys.version} {sys.executable} {TOP} {extras}".encode()
+    text = f"{sys.version} {PYTHON} {TOP} {extras}".encode()
     return hashlib.sha256((TOP / "pyproject.toml").read_bytes() + text).hexdigest()
 
 
@@ -161,7 +163,7 @@ def make_environment(extras: str) -> None:
         shutil.rmtree(VENV)  # the checkout was moved: scripts in there name the old place
     python = VENV / "bin" / "python"
     if not (python.exists() and (VENV / "bin" / "pip").exists()):
-        step("virtual environment", [sys.executable, "-m", "venv", "--clear", str(VENV)], log=LOGS / "venv.log")
+        step("virtual environment", [PYTHON, "-m", "venv", "--clear", str(VENV)], log=LOGS / "venv.log")
     step(
         "Python packages",
         [
@@ -194,7 +196,7 @@ def set_up(goal: str) -> None:
     extras, tools = GOALS[goal]
     if goal == "test" and needs_browser():
         tools += BROWSER
-    probe = subprocess.run([sys.executable, "-c", "import ensurepip, venv"], capture_output=True, check=False)
+    probe = subprocess.run([PYTHON, "-c", "import ensurepip, venv"], capture_output=True, check=False)
     if probe.returncode and not (VENV / "bin" / "pip").exists():
         tools += (Tool("python3-venv", "makes virtual environments", "python3-venv"),)
     install_tools(tools)

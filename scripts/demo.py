@@ -234,7 +234,7 @@ def claims(inside: dict[str, Any], row: dict[str, Any], image: dict[str, Any], s
     home = os.path.expanduser("~")
     same_home = inside["home"] == [os.stat(home).st_dev, os.stat(home).st_ino]
     built, runs = image["id"], row["image_id"]
-    only_loopback_and_one = "lo" in inside["interfaces"] and len(inside["interfaces"]) <= 2
+    two_of_its_own = inside["interfaces"] == ["eth0", "lo"] and "net" in own
     ports = listening_ports(server.process.pid)
     confined = inside["capabilities"] <= 11 and inside["seccomp"] == "2" and inside["no_new_privs"] == "1"
     return [
@@ -243,7 +243,7 @@ def claims(inside: dict[str, Any], row: dict[str, Any], image: dict[str, Any], s
         Claim("host name", inside["host_name"], host_name, inside["host_name"] not in ("", host_name)),
         Claim("process 1", inside["init"], init, inside["init"] != init and "pid" in own),
         Claim("processes", str(inside["processes"]), str(processes), inside["processes"] < min(processes, 7)),
-        Claim("interfaces", " ".join(inside["interfaces"]), " ".join(interfaces), only_loopback_and_one),
+        Claim("interfaces", " ".join(inside["interfaces"]), " ".join(interfaces), two_of_its_own),
         Claim("user", f"{inside['user']} ({inside['uid']})", f"uid {outer_uid}, started by {me}",
               inside["uid"] == 0 and outer_uid != 0),
         Claim("namespaces of its own", " ".join(own), "", len(own) == len(inside["namespaces"])),
