@@ -90,7 +90,7 @@ class Guest:
         os.close(self.hold)
         self.attachment.detach()
         if self.lock >= 0:
-            launch.release_slot(self.slot, self.lock)
+            os.close(self.lock)
 
 
 def _put(path: str, text: str) -> None:

@@ -145,10 +145,6 @@ def test_killed_helper(ids: dict[str, Any]) -> None:
     os.kill(helper, signal.SIGKILL)
     process.wait(timeout=20)
     assert gone(names)
-    if ids["kind"] == "root":
-        from workbench.containers import launch
-
-        launch.sweep_slots()
 
 
 # --- the bridge, in a host of its own: a network namespace that stands for one ---------------------------------

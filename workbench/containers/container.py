@@ -250,8 +250,6 @@ class Containers:
         """
         swept = []
         state.sweep_run_dirs()
-        if userns.host_ids().kind == "root":
-            userns.call("workbench.containers.launch:sweep_slots")
         try:
             names = os.listdir(self.folder)
         except FileNotFoundError:

@@ -7,7 +7,6 @@ later one fails.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import signal
 import socket
@@ -25,7 +24,6 @@ from workbench.model import Conflict, Exit, HostLacks, LaunchFailed, NotFound, W
 
 INIT_CANDIDATES = ("/usr/bin/tini-static", "/usr/local/bin/tini-static", "/sbin/tini-static")
 _EVERYBODYS = (*(f"/dev/{name}" for name in spec.DEVICES), "/sys")
-SLOTS_FOLDER = "/run/workbench-slots"
 SLOTS = 8192
 
 
@@ -295,7 +293,7 @@ class Launcher:
         if running.group:
             running.group.remove()
         if running.slot_lock >= 0:
-            release_slot(running.slot, running.slot_lock)
+            os.close(running.slot_lock)
         if running.lock >= 0:
             os.close(running.lock)
 
@@ -330,33 +328,21 @@ class Launcher:
 
 
 def take_slot() -> tuple[int, int]:
-    """A number that no other running container of this host has, for its ids and its address; and its lock."""
+    """A number that no other running container of this host has, for its ids and its address; and what holds it.
+
+    That is a bound abstract socket (unix(7)): its name is unique in the network namespace in which the addresses
+    have to be, whatever folders two helpers see, and is free again when the last descriptor is closed.
+    """
+    holder = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     for number in range(1, SLOTS):
-        path = f"{SLOTS_FOLDER}/{number}"
-        while True:
-            try:
-                fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-                break
-            except FileNotFoundError:  # the first one makes the folder, the last one takes it along
-                with suppress(FileExistsError):
-                    os.mkdir(SLOTS_FOLDER, 0o700)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(fd).st_ino == os.stat(path).st_ino:  # not one that was just given back
-                return number, fd
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        os.close(fd)
+            holder.bind(f"\0workbench-slot-{number}")
+            return number, holder.detach()
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    holder.close()
     raise LaunchFailed("start a container", f"{SLOTS} containers run already", "stop some of them")
-
-
-def release_slot(number: int, lock: int) -> None:
-    """Give a number back, and the folder with the last of them."""
-    with suppress(OSError):
-        os.unlink(f"{SLOTS_FOLDER}/{number}")
-    os.close(lock)
-    with suppress(OSError):
-        os.rmdir(SLOTS_FOLDER)
 
 
 def _wait_for_end(pid: int, seconds: float = 5.0) -> None:
@@ -366,21 +352,6 @@ def _wait_for_end(pid: int, seconds: float = 5.0) -> None:
         while time.monotonic() < until:
             links.start_time(pid)
             time.sleep(0.005)
-
-
-def sweep_slots() -> None:
-    """Give back the numbers of helpers that were killed."""
-    with suppress(FileNotFoundError):
-        for number in os.listdir(SLOTS_FOLDER):
-            fd = os.open(f"{SLOTS_FOLDER}/{number}", os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-                continue
-            release_slot(int(number), fd)
-    with suppress(OSError):
-        os.rmdir(SLOTS_FOLDER)
 
 
 def bury(folder: str, name: str) -> None:
@@ -396,7 +367,6 @@ def bury(folder: str, name: str) -> None:
             _wait_for_end(known["pid"])
     cgroup.Cgroup.forget(name)
     network.sweep()
-    sweep_slots()
     try:
         lock = state.hold(folder)
     except Conflict:

@@ -124,7 +124,10 @@ def remove(folder: str) -> None:
 
 def run_bases() -> list[str]:
     """Where run folders of anybody can be, whatever each one's environment said."""
-    return ["/run/workbench", "/run/workbench-slots", *(path for path in glob.glob("/tmp/workbench-*") if path[15:].isdigit())]
+    return [
+        "/run/workbench",
+        *(path for path in glob.glob("/tmp/workbench-*") if path[15:].isdigit()),
+    ]
 
 
 def run_base() -> str:
