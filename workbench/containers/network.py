@@ -340,7 +340,7 @@ class _Bridge:
             self.ip.link("add", ifname=port, kind="veth", master=bridge, mtu=mtu, peer=peer)
             index = links.index(port)
             links.without_ipv6(port)
-            alias = f"workbench {container_id} {pid} {links.start_time(pid)}"
+            alias = f"workbench {container_id} {slot}"
             self.ip.link("set", index=index, state="up", ifalias=alias)
             # Isolated ports reach the host and not each other.
             self.ip.brport("set", index=index, IFLA_BRPORT_ISOLATED=1)
