@@ -26,11 +26,20 @@ class Session:
         status, answer = server.request("/api/sessions", "POST", body)
         assert status == 201, answer
         self.kernel = answer["kernel"]["id"]
+        self.connect()
+
+    def connect(self) -> None:
+        """Open the websocket. The server answers once the kernel's iopub channel is known to arrive."""
         self.session = uuid.uuid4().hex
         self.socket = websocket.create_connection(
-            f"ws://127.0.0.1:{server.port}/api/kernels/{self.kernel}/channels?session_id={self.session}",
-            header=[f"Authorization: token {server.token}"], timeout=60, suppress_origin=True,
+            f"ws://127.0.0.1:{self.server.port}/api/kernels/{self.kernel}/channels?session_id={self.session}",
+            header=[f"Authorization: token {self.server.token}"], timeout=60, suppress_origin=True,
         )  # fmt: skip
+
+    def reconnect(self) -> None:
+        """After a restart, as browsers do: what a kernel publishes before it is heard is lost, in any kernel."""
+        self.socket.close()
+        self.connect()
 
     def send(self, kind: str, content: dict[str, Any], channel: str = "shell") -> str:
         """Send a request; its id."""
@@ -93,6 +102,7 @@ def test_a_notebook_lives(server: Server) -> None:
     assert done.error == "KeyboardInterrupt" and time.monotonic() - begin < 2
     assert notebook.run("x").text == "5"
     notebook.post("restart")
+    notebook.reconnect()
     assert notebook.run("open('/opt/mine').read()").text == "'kept'"
     assert notebook.run("x").error == "NameError"
     rows = server.request("/workbench/api/containers")[1]["containers"]
@@ -123,6 +133,7 @@ def test_a_memory_limit_is_told_and_others_go_on(image: str, tmp_path: Path) -> 
         assert "memory limit of 300.0 MiB" in told
         assert "memory limit of 300.0 MiB" in server.log.read_text()
         assert other.run("y").text == "7"
+        one.reconnect()
         assert one.run("1 + 1").text == "2"  # restarted by the server
         one.close()
         other.close()
