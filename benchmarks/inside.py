@@ -1,4 +1,5 @@
-"""Loops that measure themselves, run by the image's Python inside and outside; the first argument names one.
+"""Loops that measure themselves, run by the image's Python inside and outside; the first argument names one,
+the others are its own.
 
 Stands alone: its text is handed to that Python with ``-c``.
 """
@@ -18,12 +19,15 @@ def cpu():
     return total
 
 
-def read(files=sorted(glob.glob("/usr/lib/python3*/*.py"))[:150]):  # noqa: B008 - looked for once
-    """Open, read, close: files of the image, all of them in the page cache after the first time."""
-    for _ in range(30):
+def read(pattern, rounds):
+    """Open, read in pieces of 128 KiB, close; all of it is in the page cache after the first time."""
+    files = sorted(glob.glob(pattern))[:150]
+    assert files
+    buffers = [bytearray(1 << 17)]  # kept: fresh memory would be measured otherwise
+    for _ in range(int(rounds)):
         for name in files:
             fd = os.open(name, os.O_RDONLY)
-            while os.read(fd, 65536):
+            while os.readv(fd, buffers):
                 pass
             os.close(fd)
 
@@ -51,8 +55,9 @@ def loopback(size=256 << 20):
     assert got == size
 
 
-call = globals()[sys.argv[1]]
-call()
+call, words = globals()[sys.argv[1]], sys.argv[2:]
+call(*words)
+time.sleep(0.3)  # what the start of one container and the end of another leave the kernel to do is over by then
 start = time.perf_counter()
-call()
+call(*words)
 print(time.perf_counter() - start)

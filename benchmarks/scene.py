@@ -111,12 +111,11 @@ def _copy(bench: Workbench, image: Image, tree: Path) -> None:
 def _entered(tree: Path, base: Path) -> Iterator[tuple[str, ...]]:
     """A process with ``tree`` as its root, whose mounts end with it; the command that joins it."""
     root = os.geteuid() == 0
-    runtime = base / "j"
-    inside = tree / str(runtime)[1:]
-    script = (
-        f"mkdir -p {inside} && mount --rbind /proc {tree}/proc && mount --rbind /dev {tree}/dev"
-        f" && mount --bind {runtime} {inside} && echo ready && exec chroot {tree} sleep infinity"
-    )
+    binds = [f"mkdir -p {tree}{path} && mount --bind {path} {tree}{path}" for path in (base / "j", base / "work")]
+    script = " && ".join([
+        f"mount --rbind /proc {tree}/proc", f"mount --rbind /dev {tree}/dev", *binds,
+        "echo ready", f"exec chroot {tree} sleep infinity",
+    ])  # fmt: skip
     unshare = ["unshare", "--mount", "--propagation", "private", *([] if root else ["--user", "--map-root-user"])]
     holder = subprocess.Popen(
         [*unshare, "sh", "-c", script], stdout=subprocess.PIPE, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}
