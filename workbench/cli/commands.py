@@ -146,7 +146,7 @@ def _container_row(row: dict[str, Any]) -> dict[str, str]:
         "image": row["image"] or short(row["image_id"]),
         "status": _status(row),
         "created": show.age(row["created"]),
-        "for": row["labels"].get("notebook") or row["folder"],
+        "folder": row["folder"],
         "command": _one_line(row["command"]),
     }
 
