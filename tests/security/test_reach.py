@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import selectors
 import socket
 import struct
 import threading
@@ -85,17 +86,23 @@ class Services:
             udp.bind((address, port))
             self.sockets += [tcp, udp]
             self.ports.append(port)
-            threading.Thread(target=self._listen, args=(udp,), daemon=True).start()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._listen)
+        self.thread.start()
 
-    def _listen(self, udp: socket.socket) -> None:
-        try:
-            while True:
-                data = udp.recv(100)
-                self.heard.append(data)
-        except OSError:
-            return
+    def _listen(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for each in self.sockets:
+                if each.type == socket.SOCK_DGRAM:
+                    selector.register(each, selectors.EVENT_READ)
+            while not self.over.is_set():
+                for key, _ in selector.select(0.05):
+                    self.heard.append(key.fileobj.recv(100))
 
     def close(self) -> None:
+        """The thread first: it would read from whatever is opened next under a number that was closed."""
+        self.over.set()
+        self.thread.join()
         for each in self.sockets:
             each.close()
 

@@ -111,7 +111,9 @@ class Launcher:
             self._furnish(running, run_dir)
             ours.send(b"g")
             failure = ours.recv(4096).decode(errors="replace")
-            self._reap_worker(running)  # not before, since the end of a process takes its time
+            # Not before, since the end of a process takes its time; nor left to itself, for code inside could stop it.
+            os.kill(running.worker, signal.SIGKILL)
+            self._reap_worker(running)
             if failure:
                 self._refuse(running, failure)
 
@@ -212,21 +214,23 @@ class Launcher:
         try:
             for step in steps:
                 if isinstance(step, mounts.Overlay):
-                    paths = {*step.layers, step.writable}
+                    paths = {path: path for path in (*step.layers, step.writable)}
                 elif isinstance(step, mounts.Bind):
-                    paths = {step.source}
+                    paths = {step.key: step.source}
                 elif isinstance(step, mounts.Copy):
                     with open(step.source, "rb") as file:
                         running.contents[step.source] = file.read()
                     continue
                 else:
                     continue
-                for path in paths - running.sources.keys():
+                for key, path in paths.items():
+                    if key in running.sources:
+                        continue
                     # Devices and /sys are everybody's, the run folder was given to the container's root.
                     plain = path in _EVERYBODYS or path == run_dir
                     # What was named when the container was made, not where a link leads that another has put there.
                     follow = plain or isinstance(step, mounts.Overlay)
-                    running.sources[path] = self._open_source(path, -1 if plain else userns, follow)
+                    running.sources[key] = self._open_source(path, -1 if plain else userns, follow)
         finally:
             if userns >= 0:
                 os.close(userns)

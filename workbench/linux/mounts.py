@@ -27,7 +27,7 @@ _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 @dataclass(slots=True)
 class Root:
-    """The root being laid out: its descriptor, and the detached sources by host path."""
+    """The root being laid out: its descriptor, and the detached sources by host path (of a bind, by its key)."""
 
     staging: str = ""
     fd: int = -1
@@ -155,13 +155,18 @@ class Bind:
     directory: bool = True
     device: bool = False
 
+    @property
+    def key(self) -> str:
+        """Under which its tree is found; one folder may be seen in two places."""
+        return f"{self.source}\0{self.path}"
+
     def describe(self) -> str:
         """One line for people."""
         return f"bind {self.path} from {self.source}" + (" (read-only)" if self.read_only else "")
 
     def execute(self, root: Root) -> None:
         """Attach it with set-uid programs and (other) devices off."""
-        tree = root.sources[self.source]
+        tree = root.sources[self.key]
         attributes = sc.MOUNT_ATTR_NOSUID | (0 if self.device else sc.MOUNT_ATTR_NODEV)
         attributes |= sc.MOUNT_ATTR_RDONLY if self.read_only else 0
         with _fd(root.target(self.path, self.directory)) as fd:
