@@ -22,7 +22,7 @@ from jupyter_client.manager import KernelManager
 from jupyter_client.session import Session
 
 from benchmarks.peers import Podman
-from benchmarks.scene import OURS, PLAIN, Scene
+from benchmarks.scene import OURS, PLAIN, Scene, write_kernelspec
 
 CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
 TIMEOUT = 60.0
@@ -141,7 +141,10 @@ def plain(scene: Scene) -> Callable[[], float]:
 
 
 def in_podman(scene: Scene, podman: Podman) -> Callable[[], float]:
-    """Starts a kernel in ``podman run``; seconds to its first result. The manager's own share is left out."""
+    """Starts a kernel in ``podman run``; seconds to its first result.
+
+    With a kernelspec whose argv is podman, sockets in a mounted folder as on our side, and the same manager.
+    """
     kernel = scene.image.kernel
     assert kernel is not None
     count = 0
@@ -149,26 +152,25 @@ def in_podman(scene: Scene, podman: Podman) -> Callable[[], float]:
     def start() -> float:
         nonlocal count
         count += 1
-        name = f"wbb{os.getpid()}-{count}"
         folder = scene.base / f"p{count}"
-        begin = time.perf_counter()
         folder.mkdir()
-        info = _info("ipc", "/conn/k", [1, 2, 3, 4, 5])
-        (folder / "c.json").write_text(json.dumps(info))
-        argv = [word.replace("{connection_file}", "/conn/c.json") for word in kernel.argv]
-        process = subprocess.Popen(
-            podman.run("--name", name, "-v", f"{folder}:/conn", "-v", f"{scene.work}:{scene.work}", "-w",
-                       str(scene.work), image=podman.image, command=argv),
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        client = Client(info | {"ip": f"{folder}/k"})
+        argv = podman.run(
+            "-v", f"{folder}:{folder}", "-v", f"{scene.work}:{scene.work}", "-w", str(scene.work), command=kernel.argv
+        )
+        write_kernelspec(scene.base, f"podman{count}", {"argv": argv})
+        begin = time.perf_counter()
+        manager = KernelManager(
+            kernel_name=f"podman{count}", connection_file=str(folder / "c.json"), transport="ipc", ip=f"{folder}/k"
+        )
+        manager.start_kernel(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        client = Client(manager.get_connection_info())
         try:
             client.result()
             return time.perf_counter() - begin
         finally:
             client.close()
-            podman.kill(name)
-            process.wait()
+            podman.end_all()
+            manager.shutdown_kernel(now=True)
 
     return start
 

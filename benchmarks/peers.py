@@ -94,17 +94,17 @@ class Podman:
                         return
         raise RuntimeError(f"podman run: {said}")
 
-    def run(self, *options: str, image: str = "", command: Sequence[str]) -> list[str]:
+    def run(self, *options: str, command: Sequence[str]) -> list[str]:
         """A command line."""
-        return [*self._program, "run", "--rm", *self._options, *options, image or self.image, *command]
+        return [*self._program, "run", "--rm", *self._options, *options, self.image, *command]
 
-    def kill(self, name: str) -> None:
-        """End a container at once."""
-        tried([*self._program, "rm", "--force", "--time=0", name])
+    def end_all(self) -> None:
+        """End all its containers at once."""
+        tried([*self._program, "rm", "--all", "--force", "--time=0"])
 
     def close(self) -> None:
         """End what podman leaves running for an unprivileged user, and let go of its mounts."""
-        tried([*self._program, "rm", "--all", "--force", "--time=0"])
+        self.end_all()
         for file in self._base.rglob("pause.pid") if os.geteuid() else ():
             with contextlib.suppress(OSError, ValueError):
                 os.kill(int(file.read_text()), signal.SIGKILL)
