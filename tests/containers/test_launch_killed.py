@@ -41,9 +41,19 @@ def test_kill_9_at_any_point_leaves_nothing(workbench, image, who, milliseconds)
     process.stdin.close()
     process.wait()
     # A helper that lives tidies up by itself; what was killed with it waits for the next look.
-    until = time.monotonic() + 5
-    while workbench.ps(every=True):
+    until = time.monotonic() + 8
+    while os.path.isdir(workbench.containers.folder) and os.listdir(workbench.containers.folder):
         workbench.sweep()
         assert time.monotonic() < until, workbench.ps(every=True)
         time.sleep(0.05)
     workbench.sweep()
+
+
+def test_a_folder_that_was_only_begun_goes_and_one_in_the_making_stays(workbench, image):
+    old, new = (os.path.join(workbench.containers.folder, name) for name in ("00000000000a", "00000000000b"))
+    for folder in (old, new):
+        os.makedirs(folder)
+    os.utime(old, (0, 0))
+    assert workbench.sweep() == ["00000000000a"]
+    assert os.listdir(workbench.containers.folder) == ["00000000000b"]
+    os.rmdir(new)

@@ -272,7 +272,7 @@ class Containers:
         try:
             known = state.load(folder)
         except NotFound:
-            return time.time() - os.stat(folder).st_mtime > 60 if os.path.isdir(folder) else False
+            return state.is_abandoned(folder)
         # One that was settled has no maker any more; others wait for theirs, as long as that lives.
         return bool(known.get("maker")) and not _alive(known["maker"])
 

@@ -18,6 +18,7 @@ import glob
 import json
 import os
 import stat
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
@@ -45,6 +46,20 @@ def lay_out(folder: str, state: dict[str, Any]) -> int:
         remove_run_dir(state["run_dir"])
         raise
     return held
+
+
+def is_abandoned(folder: str) -> bool:
+    """Whether a folder without a state is half made by somebody who is gone.
+
+    Its maker holds a run folder from before the first mkdir, and one that nobody holds is swept first. The two
+    seconds are for a maker whose environment puts run folders elsewhere.
+    """
+    try:
+        age = time.time() - os.stat(folder).st_mtime
+    except FileNotFoundError:
+        return False
+    held = any(os.path.exists(os.path.join(base, os.path.basename(folder))) for base in run_bases())
+    return not held and age > 2
 
 
 def load(folder: str) -> dict[str, Any]:
