@@ -6,12 +6,14 @@ What they cannot do on a host as it is, is found out by trying, and said.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,14 @@ def whole_hierarchy() -> Iterator[None]:
         if mounted:
             tried(["umount", "--lazy", _HUGETLB])
         if made:
-            with contextlib.suppress(OSError):
-                os.rmdir(_HUGETLB)
+            _remove_folders(_HUGETLB)
+
+
+def _remove_folders(top: str) -> None:
+    """A folder with all folders in it, if they hold nothing else: control groups that nobody is in, for one."""
+    for folder, _, _ in os.walk(top, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
 
 
 class Podman:
@@ -69,6 +77,7 @@ class Podman:
             "--storage-driver=overlay", "--cgroup-manager=cgroupfs", "--log-level=error",
         ]  # fmt: skip
         self._options: list[str] = []
+        self._groups = set(glob.glob("/sys/fs/cgroup/*/libpod_parent"))
         self.image = scene.image.id.removeprefix("sha256:")
         self.said = "podman"
 
@@ -110,6 +119,9 @@ class Podman:
                 os.kill(int(file.read_text()), signal.SIGKILL)
         if os.geteuid() == 0:
             tried(["umount", "--lazy", str(self._base / "root" / "overlay")])
+            time.sleep(1)  # what podman leaves behind to tidy up after each container has done so by then
+            for group in set(glob.glob("/sys/fs/cgroup/*/libpod_parent")) - self._groups:
+                _remove_folders(group)
 
 
 @contextlib.contextmanager
