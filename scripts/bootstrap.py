@@ -55,7 +55,6 @@ PEERS = (
 BROWSER = (
     Tool("chromium", "the browser of the user interface tests", "chromium"),
     Tool("fonts-dejavu-core", "letters for it"),
-    Tool("libatomic1", "for the program that drives it"),
     Tool("libatomic1", "a library of the program that drives it"),
 )
 #: goal: (extras of the package, Debian packages)
@@ -164,29 +163,11 @@ def make_environment(extras: str) -> None:
     python = VENV / "bin" / "python"
     if not (python.exists() and (VENV / "bin" / "pip").exists()):
         step("virtual environment", [PYTHON, "-m", "venv", "--clear", str(VENV)], log=LOGS / "venv.log")
-    step(
-        "Python packages",
-        [
-            str(python),
-            "-m",
-            "pip",
-            "install",
-            "--disable-pip-version-check",
-            "--no-input",
-            "-e",
-            f".[{extras}]",
-        ],
-        log=LOGS / "pip.log",
-        cwd=TOP,
-    )
+    pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    step("Python packages", [*pip, "-e", f".[{extras}]"], log=LOGS / "pip.log", cwd=TOP)
     # An environment made for the tests serves `make demo` too.
     marks = {fingerprint(e) for e, _ in GOALS.values() if set(e.split(",")) <= set(extras.split(","))}
     stamp.write_text("\n".join(sorted({*marks})) + "\n")
-
-
-def needs_browser() -> bool:
-    """Whether any test drives a browser."""
-    return any("playwright" in file.read_text() for file in (TOP / "tests").rglob("test_*.py"))
 
 
 def set_up(goal: str) -> None:
@@ -194,8 +175,6 @@ def set_up(goal: str) -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - it may well be an older one that reads this
         raise StepError(f"Python {sys.version.split()[0]} is too old, 3.11 is needed; name one with: make PYTHON=...")
     extras, tools = GOALS[goal]
-    if goal == "test" and needs_browser():
-        tools += BROWSER
     probe = subprocess.run([PYTHON, "-c", "import ensurepip, venv"], capture_output=True, check=False)
     if probe.returncode and not (VENV / "bin" / "pip").exists():
         tools += (Tool("python3-venv", "makes virtual environments", "python3-venv"),)

@@ -112,7 +112,7 @@ class Process:
 
 def our_processes() -> dict[int, Process]:
     """Those whose environment, command or mounts name this session's folder, and this one."""
-    mark = str(BASE).encode()
+    mark = f"{BASE}/".encode()
     own = os.readlink("/proc/self/ns/pid")
     found = {}
     for name in filter(str.isdigit, os.listdir("/proc")):

@@ -172,8 +172,7 @@ class Container:
         """Remove it with its changes. Raises Conflict while it runs."""
         self._close()
         state.load(self.folder)
-        os.close(state.hold(self.folder))
-        userns.call("workbench.containers.state:remove", self.folder)
+        userns.call("workbench.containers.launch:remove", self.folder)
 
     def _close(self) -> None:
         for name in ("pidfd", "terminal", "held"):

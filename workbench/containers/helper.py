@@ -16,7 +16,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from workbench.containers import launch, state
+from workbench.containers import launch
 from workbench.linux import mounts
 from workbench.linux.userns import HostIds
 from workbench.model import Exit, WorkbenchError
@@ -97,7 +97,7 @@ class Helper:
     def do_settle(self, message: dict[str, Any], _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """After the end: keep what was changed, remove what was not."""
         self.unsettled.pop(message["folder"], None)
-        return {"kept": state.settle(message["folder"])}, []
+        return {"kept": launch.settle(message["folder"])}, []
 
     def do_warm(self, message: dict[str, Any], _fds: list[int]) -> tuple[dict[str, Any], list[int]]:
         """Do ahead of time what every launch needs."""
@@ -125,7 +125,7 @@ class Helper:
             self.launcher.finish(running, gone)
         for folder in self.unsettled:
             with suppress(WorkbenchError, OSError):  # removed meanwhile, or left to the next sweep
-                state.settle(folder)
+                launch.settle(folder)
         self.launcher.close()
 
 

@@ -358,19 +358,22 @@ def _wait_for_end(pid: int, seconds: float = 5.0) -> None:
             time.sleep(0.005)
 
 
-def bury(folder: str, name: str) -> None:
-    """Tidy up after a container whose helper was killed: its group, its links, its sockets, its folder if unchanged.
+def settle(folder: str) -> bool:
+    """``state.settle``, also after an end that no helper saw."""
+    _take_down(folder)
+    return state.settle(folder)
 
-    Its processes are gone already, killed with the helper (PR_SET_PDEATHSIG), unless they have talked their init
-    out of that (ptrace(2)).
-    """
-    with suppress(NotFound, OSError):
-        known = state.load(folder)
-        if known.get("pid") and links.start_time(known["pid"]) == known.get("started"):
-            os.kill(known["pid"], signal.SIGKILL)
-            _wait_for_end(known["pid"])
-    cgroup.Cgroup.forget(name)
-    network.sweep()
+
+def remove(folder: str) -> None:
+    """``state.remove``, also after an end that no helper saw. Raises Conflict while it runs, NotFound."""
+    os.close(state.hold(folder))
+    _take_down(folder)
+    state.remove(folder)
+
+
+def bury(folder: str, name: str) -> None:
+    """Tidy up after a container whose launcher and helper were killed; its folder goes if it is unchanged."""
+    _take_down(folder, name)
     try:
         lock = state.hold(folder)
     except Conflict:
@@ -386,3 +389,25 @@ def bury(folder: str, name: str) -> None:
             state.settle(folder)
     finally:
         os.close(lock)
+
+
+def _take_down(folder: str, name: str = "") -> None:
+    """The processes, group and links of a container whose end is not on record.
+
+    Its processes are gone already, killed with the helper (PR_SET_PDEATHSIG), unless they have talked their init
+    out of that (ptrace(2)). name: its id, for a folder that may hold no state.
+    """
+    try:
+        known = state.load(folder)
+    except NotFound:
+        if not name:
+            raise
+        known = {}
+    if known.get("exit") and not name:
+        return
+    with suppress(OSError):
+        if known.get("pid") and links.start_time(known["pid"]) == known.get("started"):
+            os.kill(known["pid"], signal.SIGKILL)
+            _wait_for_end(known["pid"])
+    cgroup.Cgroup.forget(name or known["id"])
+    network.sweep()

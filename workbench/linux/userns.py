@@ -114,10 +114,12 @@ _BOOTSTRAP = (
 )
 
 
-def python_path() -> list[str]:
-    """Where a bare interpreter finds this package and what it is installed beside."""
-    here = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    return [here, *(p for p in sys.path if p.rstrip("/").endswith(("site-packages", "dist-packages")) and p != here)]
+def _python_path(target: str) -> list[str]:
+    """Where a bare interpreter finds this package, that of ``target``, and what they are installed beside."""
+    packages = [importlib.import_module(name.partition(".")[0]) for name in (__name__, target)]
+    tops = [os.path.dirname(os.path.dirname(os.path.abspath(str(package.__file__)))) for package in packages]
+    sites = (path for path in sys.path if path.rstrip("/").endswith(("site-packages", "dist-packages")))
+    return list(dict.fromkeys([*tops, *sites]))
 
 
 class Process(Protocol):
@@ -187,11 +189,14 @@ def _fork(keep: tuple[int, ...], arguments: list[str]) -> Forked:
         os._exit(code)
 
 
-def spawn(target: str, fds: tuple[int, ...], arguments: list[str], *, fork: bool = False) -> Process:
+def spawn(
+    target: str, fds: tuple[int, ...], arguments: list[str], *, fork: bool = False, found_by: str = ""
+) -> Process:
     """Start ``module:function(*arguments)`` in a fresh Python inside B, as root there, with ``fds`` kept open.
 
-    fork: a copy of this process instead, which saves 50 ms; only while it has one thread. Returns once the
-    namespace stands. Raises HostLacks when it cannot be made.
+    fork: a copy of this process instead, which saves 50 ms; only while it has one thread. found_by: a module of
+    another package that must be found there, too. Returns once the namespace stands. Raises HostLacks when it
+    cannot be made.
     """
     ids = host_ids()
     ready_r, ready_w = os.pipe()
@@ -203,7 +208,7 @@ def spawn(target: str, fds: tuple[int, ...], arguments: list[str], *, fork: bool
             process = _fork((*fds, ready_w, go_r), words)
         else:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, ":".join(python_path()), *words],
+                [sys.executable, "-I", "-S", "-c", _BOOTSTRAP, ":".join(_python_path(found_by or target)), *words],
                 pass_fds=(*fds, ready_w, go_r), stdin=subprocess.DEVNULL, start_new_session=True,
                 env=_environment(), cwd="/",
             )  # fmt: skip
@@ -291,7 +296,8 @@ def call(target: str, *args: Any, fds: tuple[int, ...] = ()) -> Any:
     with os.fdopen(os.memfd_create("workbench-call"), "w+b") as exchange:
         exchange.write(json.dumps({"target": target, "args": args}).encode())
         exchange.flush()
-        process = spawn("workbench.linux.userns:_serve_call", (exchange.fileno(), *fds), [str(exchange.fileno())])
+        number = exchange.fileno()
+        process = spawn("workbench.linux.userns:_serve_call", (number, *fds), [str(number)], found_by=target)
         try:
             process.wait()
         except BaseException:  # Ctrl-C: nothing goes on behind the user's back
