@@ -166,11 +166,15 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a container's main process ended. ``reason`` is one line for people, empty when it ended well."""
+    """How a container's main process ended. ``reason`` is one line for people, empty when it ended well.
+
+    limit: the one that was reached; asked: whether its owner stopped it (``Container.stop``).
+    """
 
     code: int
     reason: str = ""
     limit: Literal["", "memory", "processes"] = ""
+    asked: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,18 @@ from traitlets.config import LoggingConfigurable
 from workbench.containers import host_settings, spec
 from workbench.containers.container import Container, Containers, new_id
 from workbench.containers.state import run_bases
-from workbench.model import NETWORKS, Conflict, Image, Limits, Mount, Network, Problem, Settings, parse_size
+from workbench.model import (
+    NETWORKS,
+    Conflict,
+    Image,
+    InvalidInput,
+    Limits,
+    Mount,
+    Network,
+    Problem,
+    Settings,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from workbench.images.refs import Refs
@@ -33,7 +44,9 @@ class Workbench(LoggingConfigurable):
     """Images, containers and what they need of the host, for one user."""
 
     home = Unicode(help="Where images and containers are kept. Default: $WORKBENCH_HOME, else the user's data folder.")
-    memory = CUnicode("", help="The most memory of one container, such as 2G. Empty: no limit.").tag(config=True)
+    memory = CUnicode(
+        "90%", help="The most memory of one container: a size such as 2G, or a part of the host's. Empty: no limit."
+    ).tag(config=True)
     processes = Integer(
         spec.DEFAULT_PROCESSES, help="The most processes and threads of one container. 0: no limit."
     ).tag(config=True)
@@ -149,7 +162,7 @@ class Workbench(LoggingConfigurable):
 
     def limits(self) -> Limits:
         """What the configuration grants to one container."""
-        return Limits(parse_size(self.memory) if self.memory else None, self.processes or None, self.cpus or None)
+        return Limits(_memory(self.memory), self.processes or None, self.cpus or None)
 
     def create(
         self, image: str, *, argv: Sequence[str] | None = None, cwd: str | None, env: Mapping[str, str] | None = None,
@@ -288,6 +301,17 @@ class Workbench(LoggingConfigurable):
     def close(self) -> None:
         """End the helper and with it every container that this process started."""
         self.containers.close()
+
+
+def _memory(text: str) -> int | None:
+    """Bytes; a percentage is of the memory that the host has."""
+    if not text.endswith("%"):
+        return parse_size(text) if text else None
+    try:
+        part = float(text[:-1]) / 100
+    except ValueError:
+        raise InvalidInput("read Workbench.memory", f"{text!r} is no size", 'write it like "2G" or "90%"') from None
+    return int(part * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def _homes() -> list[str]:

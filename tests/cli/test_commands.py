@@ -42,6 +42,7 @@ def test_empty_lists_say_what_to_do_next(cli, tmp_path):
         ["run", "no-such-image", "true"],
         ["run", "NOT A NAME", "true"],
         ["run", "--memory", "lots", "python", "true"],
+        ["run", "--Workbench.memory=some%", "python", "true"],
         ["run", "--mount", "/no/such/folder", "python", "true"],
         ["run", "--env", "NOVALUE", "python", "true"],
         ["rmi", "no-such-image"],
@@ -198,6 +199,12 @@ def test_the_memory_limit_is_told(cli, image):
     code = "x = bytearray(400 * 1024 * 1024)"
     done = cli("run", "--network", "none", "--memory", "128M", "python", "python", "-c", code)
     assert done.code != 0 and ("128" in done.err or "MemoryError" in done.err), done
+
+
+def test_no_container_may_take_all_of_the_hosts_memory(sleeper, cli):
+    (row,) = cli("ps", "--json").json
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert row["limits"]["memory"] == int(0.9 * host)
 
 
 def test_gc_and_check(cli, image):

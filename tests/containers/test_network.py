@@ -125,7 +125,8 @@ def test_killed_helper(ids: dict[str, Any]) -> None:
     code = (
         "import os, sys, json, signal\nfrom workbench.linux import userns\n"
         "fds = int(sys.argv[1]), int(sys.argv[2])\n"
-        "process = userns.spawn('workbench.linux.userns:_serve_call', fds, [sys.argv[2]])\n"
+        "served = 'workbench.linux.userns:_serve_call'\n"
+        "process = userns.spawn(served, fds, [sys.argv[2]], found_by='tests')\n"
         "os.close(int(sys.argv[1])); print(process.pid, flush=True); process.wait()"
     )
     exchange = os.memfd_create("call", 0)

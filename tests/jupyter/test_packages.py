@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from tests.jupyter.clients import run
@@ -54,19 +53,7 @@ def traces_of_the_host(upper: str) -> list[str]:
     words = {path for path, _ in settings.files} | {value for _, value in settings.env if "://" in value}
     words |= {inside for _, inside in settings.files}
     words.discard("/etc/ssl/certs/ca-certificates.crt")  # Debian's own texts name it
-    return list(userns.call("tests.jupyter.test_packages:files_with", upper, sorted(words)))
-
-
-def files_with(upper: str, words: list[str]) -> list[str]:
-    """Runs where the layer's files can be read. A cache that does not belong to the environment may."""
-    found = []
-    for folder, _, names in os.walk(upper):
-        for name in names:
-            path = os.path.join(folder, name)
-            if os.path.isfile(path) and not os.path.islink(path) and "/var/lib/apt/lists/" not in path:
-                content = Path(path).read_bytes()
-                found += [path for word in words if word.encode() in content]
-    return found
+    return list(userns.call("tests.jupyter.inside:files_with", upper, sorted(words)))
 
 
 def test_one_setting_turns_the_offer_off(start: Start, monkeypatch) -> None:

@@ -59,7 +59,9 @@ class Session:
         until = time.monotonic() + timeout
         while time.monotonic() < until:
             self.socket.settimeout(max(0.01, until - time.monotonic()))
-            yield json.loads(self.socket.recv())
+            opcode, data = self.socket.recv_data(control_frame=True)  # a ping would begin the waiting anew
+            if opcode == websocket.ABNF.OPCODE_TEXT:
+                yield json.loads(data)
         raise TimeoutError
 
     def run(self, code: str, after: Callable[[], Any] | None = None) -> Outputs:
@@ -152,6 +154,22 @@ def test_stopping_a_kernels_container_ends_the_kernel(server: Server) -> None:
     assert server.request("/workbench/api/containers")[1]["containers"] == []
     after = server.request("/workbench/api/containers?all=1")[1]["containers"]
     assert row["id"] in [other["id"] for other in after]
+    assert server.request(f"/workbench/api/containers/{row['id']}", "DELETE")[0] == 204
+    notebook.socket.close()
+
+
+def test_stopped_from_a_shell_it_is_not_started_again(server: Server, cli: Any) -> None:
+    notebook = Session(server)
+    notebook.run("open('/opt/mine', 'w').write('kept')")
+    (row,) = server.request("/workbench/api/containers")[1]["containers"]
+    assert cli("stop", row["id"]).code == 0
+    until = time.monotonic() + 15
+    while server.request("/api/kernels")[1]:
+        assert time.monotonic() < until, server.log.read_text()[-2000:]
+        time.sleep(0.1)
+    (after,) = server.request("/workbench/api/containers?all=1")[1]["containers"]
+    assert after["id"] == row["id"] and after["status"] == "exited" and after["exit"]["asked"]
+    assert "stopped by" in server.log.read_text()
     assert server.request(f"/workbench/api/containers/{row['id']}", "DELETE")[0] == 204
     notebook.socket.close()
 

@@ -178,16 +178,29 @@ def test_v2(name: str) -> None:
 
 
 def test_rlimits_never_raise() -> None:
-    kinds = {kind: (soft, hard) for kind, soft, hard in cgroup.rlimits(Limits(memory=1 << 30, processes=1 << 40))}
+    kinds = {kind: (soft, hard) for kind, soft, hard in cgroup.rlimits(Limits(memory=1 << 30, processes=1 << 40), None)}
     hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
     expected = 1 << 40 if hard == resource.RLIM_INFINITY else hard
     assert kinds == {resource.RLIMIT_DATA: (1 << 30, 1 << 30), resource.RLIMIT_NPROC: (expected, expected)}
-    assert cgroup.rlimits(Limits()) == []
+    assert cgroup.rlimits(Limits(), None) == []
+
+
+@needs_groups
+def test_what_a_controller_is_missing_for_is_left_to_rlimits(name: str) -> None:
+    place = cgroup.find()
+    without = cgroup.Place(place.kind, {key: base for key, base in place.bases.items() if key != "memory"})
+    limits = Limits(memory=1 << 30, processes=100)
+    group = Cgroup.make(name, limits, without)
+    assert group
+    try:
+        assert [kind for kind, *_ in cgroup.rlimits(limits, group)] == [resource.RLIMIT_DATA]
+    finally:
+        group.remove()
 
 
 def test_rlimits_limit() -> None:
     def apply() -> None:
-        for kind, soft, hard in cgroup.rlimits(Limits(memory=100 << 20)):
+        for kind, soft, hard in cgroup.rlimits(Limits(memory=100 << 20), None):
             resource.setrlimit(kind, (soft, hard))
 
     code = "x = bytearray(20 << 20)\ntry: bytearray(200 << 20)\nexcept MemoryError: print('refused')"

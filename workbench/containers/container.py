@@ -150,6 +150,8 @@ class Container:
         try:
             if not state.is_running(self.folder):  # the number may be somebody else's by now
                 return
+            with suppress(FileNotFoundError):  # it has just ended and gone
+                state.ask_to_stop(self.folder)
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGTERM)
             if not self._ended_within(timeout):

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from workbench.containers import launch
@@ -111,7 +112,7 @@ class Helper:
         end = self.launcher.finish(running)
         self.send({
             "event": "exited", "container": running.id,
-            "exit": {"code": end.code, "reason": end.reason, "limit": end.limit},
+            "exit": asdict(end),
         })  # fmt: skip
 
     def close(self) -> None:

@@ -69,6 +69,8 @@ class Launcher:
         wanted = spec.ContainerSpec.from_json(known["spec"])
         running = Running(wanted.id, folder, wanted, lock=state.hold(folder))
         try:
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder, "stop"))
             self._start(running, known["run_dir"], stdio)
             now = {"status": "running", "pid": running.pid, "started": running.started, "exit": None}
             state.save(folder, known | now)
@@ -118,14 +120,12 @@ class Launcher:
                 self._refuse(running, failure)
 
     def _limits(self, wanted: spec.ContainerSpec) -> tuple[cgroup.Cgroup | None, list[tuple[int, int, int]]]:
-        """A control group, or resource limits where none may be made; core dumps are off either way."""
+        """A control group, and resource limits for what it cannot hold; core dumps are off either way."""
         import resource
 
         no_core = (resource.RLIMIT_CORE, 0, 0)
         group = cgroup.Cgroup.make(wanted.id, wanted.limits)
-        if group:
-            return group, [no_core]
-        return None, [no_core, *cgroup.rlimits(wanted.limits)]
+        return group, [no_core, *cgroup.rlimits(wanted.limits, group)]
 
     def _write_maps(self, running: Running) -> None:
         text = self.ids.container_map(running.slot)
@@ -255,6 +255,8 @@ class Launcher:
         """After the init's end: how it ended and why; nothing of the container is left but its folder."""
         _, status = os.waitpid(running.pid, 0)
         end = override or self._exit(running, os.waitstatus_to_exitcode(status))
+        if state.was_asked_to_stop(running.folder):
+            end = Exit(end.code, "stopped by `jupyter workbench stop`", asked=True)
         running.pid = -1
         with suppress(WorkbenchError, OSError):
             known = state.load(running.folder)

@@ -5,6 +5,7 @@
     containers/<id>/state.json      what it is and how it ended; replaced, never edited
                     lock            held (flock(2)) by the helper while it runs
                     log             what its main process wrote outside of the protocol
+                    stop            there when its owner stopped it, until it is started again
                     writable/       upper/ and work/ of the overlay
 
 Sockets and connection file are in a folder of their own (``run_dir``), at /run/workbench inside: its path is short
@@ -94,6 +95,16 @@ def hold(folder: str) -> int:
         os.close(fd)
         raise Conflict(f"use container {os.path.basename(folder)}", "it is running", "stop it first") from None
     return fd
+
+
+def ask_to_stop(folder: str) -> None:
+    """Put on record that its end is its owner's wish, for whoever would start it again otherwise."""
+    os.close(os.open(os.path.join(folder, "stop"), os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+
+
+def was_asked_to_stop(folder: str) -> bool:
+    """Whether ``ask_to_stop`` was called since its start."""
+    return os.path.exists(os.path.join(folder, "stop"))
 
 
 def is_running(folder: str) -> bool:

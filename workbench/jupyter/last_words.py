@@ -181,8 +181,10 @@ class LastWords:
     def _publish(self, listener: Listener, text: str) -> int:
         session = listener.session.clone()
         parent = {"header": listener.parent} if listener.parent else None
-        message = session.msg("stream", {"name": "stderr", "text": text + "\n"}, parent=parent)
-        frames = session.serialize(message)
+        # The second ends the request for those who follow its status: a server takes a kernel that died while it
+        # was busy for busy when it has started it again, and does not wait until its channels are connected.
+        contents = (("stream", {"name": "stderr", "text": text + "\n"}), ("status", {"execution_state": "idle"}))
+        messages = [session.serialize(session.msg(kind, content, parent=parent)) for kind, content in contents]
         reached = 0
         with self._context.socket(zmq.XPUB) as socket:
             socket.linger = 200
@@ -203,7 +205,8 @@ class LastWords:
                     continue
                 topic = request[1:] + b"last-words.%d" % reached
                 socket.setsockopt(zmq.SUBSCRIBE, topic)
-                socket.send_multipart([topic, *frames])
+                for frames in messages:
+                    socket.send_multipart([topic, *frames])
                 reached += 1
         return reached
 

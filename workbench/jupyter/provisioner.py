@@ -15,10 +15,13 @@ import signal
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from logging import ERROR, INFO
 from typing import TYPE_CHECKING, Any
 
 from jupyter_client.connect import KernelConnectionInfo
+from jupyter_client.multikernelmanager import MultiKernelManager
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
+from jupyter_core.utils import ensure_async
 from traitlets import Unicode
 
 from workbench.jupyter import connection, shared
@@ -45,6 +48,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         self._exited: Future[Exit] | None = None
         self._listener: Listener | None = None
         self._farewell: Future[int] | None = None
+        self._shutdown: asyncio.Future[Any] | None = None
         self._expected = True
         self._has_process = self._has_run = False
         self._mounts: list[tuple[str, str]] = []
@@ -172,6 +176,22 @@ class WorkbenchProvisioner(KernelProvisionerBase):
 
     async def poll(self) -> int | None:
         """None while it runs, or while its clients are being told why it died; else the exit code."""
+        code = self._ended()
+        if code is None or self._exit is None or self._expected:
+            return None if self._shutdown and not self._shutdown.done() else code
+        if self._exit.asked and (owner := self._manager_of_many()):
+            # Its owner stopped it: to a server, which asks here, that is a shutdown and no death to recover from.
+            self._expected = True
+            self._shutdown = asyncio.ensure_future(ensure_async(owner.shutdown_kernel(self.kernel_id, now=True)))
+            return None
+        return code
+
+    def _manager_of_many(self) -> Any:
+        """What has this kernel among its own and would restart it; None for a client with the one."""
+        owner = getattr(self.parent, "parent", None)
+        return owner if isinstance(owner, MultiKernelManager) and self.kernel_id in owner else None
+
+    def _ended(self) -> int | None:
         if not self._has_process:
             return 0
         if self._exit is None or (self._farewell is not None and not self._farewell.done()):
@@ -182,7 +202,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         """Wait for its end; the exit code."""
         code = 0
         while self._has_process:
-            polled = await self.poll()
+            polled = self._ended()
             if polled is not None:
                 code, self._has_process = polled, False
                 break
@@ -259,8 +279,8 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         if end.reason and not self._expected and self._listener is not None:
             from workbench.jupyter import last_words
 
-            text = f"Kernel died: {end.reason.removeprefix('killed: ')}"
-            self.log.error("%s (kernel %s, image %s)", text, self.kernel_id, self.image)
+            text = f"Kernel {end.reason}" if end.asked else f"Kernel died: {end.reason.removeprefix('killed: ')}"
+            self.log.log(INFO if end.asked else ERROR, "%s (kernel %s, image %s)", text, self.kernel_id, self.image)
             self._farewell = last_words.instance().say(self._listener, text)
         self._exit = end
 

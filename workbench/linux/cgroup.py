@@ -133,14 +133,14 @@ class Cgroup:
     def _set(self, limits: Limits) -> None:
         wanted = {"memory": limits.memory, "pids": limits.processes, "cpu": limits.cpus}
         for controller, value in wanted.items():
-            if value is not None and controller not in self.folders:
-                raise HostLacks(
-                    f"limit a container's {controller}",
-                    f"cgroup {self.kind} has no {controller} controller here",
+            if value is not None and controller == "cpu" and controller not in self.folders:
+                raise HostLacks(  # of the others, ``rlimits`` does what it can
+                    "limit a container's processors",
+                    f"cgroup {self.kind} has no cpu controller here",
                     "leave that limit out, or see `jupyter workbench doctor`",
                 )
         v2 = self.kind == "v2"
-        if limits.memory is not None:
+        if limits.memory is not None and "memory" in self.folders:
             # Swap counts as memory: a limit that moves the excess to the disk would be none.
             self._write("memory", "memory.max" if v2 else "memory.limit_in_bytes", limits.memory)
             with suppress(FileNotFoundError, PermissionError):  # no swap accounting in this kernel
@@ -148,7 +148,7 @@ class Cgroup:
                     self._write("memory", "memory.swap.max", 0)
                 else:
                     self._write("memory", "memory.memsw.limit_in_bytes", limits.memory)
-        if limits.processes is not None:
+        if limits.processes is not None and "pids" in self.folders:
             self._write("pids", "pids.max", limits.processes)
         if limits.cpus is not None:
             quota = max(1000, int(limits.cpus * _PERIOD))
@@ -294,15 +294,19 @@ class Cgroup:
         _write(self.folders[controller], name, value)
 
 
-def rlimits(limits: Limits) -> list[tuple[int, int, int]]:
-    """What setrlimit(2) can do in a group's stead, as (resource, soft, hard); no hard limit is ever raised.
+def rlimits(limits: Limits, group: Cgroup | None) -> list[tuple[int, int, int]]:
+    """What setrlimit(2) can do where there is no group or not that controller, as (resource, soft, hard).
 
-    Memory is each process's own private writable memory, not the container's; processor shares have none.
+    No hard limit is ever raised. Memory is each process's own private writable memory, not the container's;
+    processor shares have none.
     """
-    wanted = ((resource.RLIMIT_DATA, limits.memory), (resource.RLIMIT_NPROC, limits.processes))
+    wanted = (
+        ("memory", resource.RLIMIT_DATA, limits.memory),
+        ("pids", resource.RLIMIT_NPROC, limits.processes),
+    )
     found = []
-    for kind, value in wanted:
-        if value is not None:
+    for controller, kind, value in wanted:
+        if value is not None and not (group and controller in group.folders):
             hard = resource.getrlimit(kind)[1]
             least = value if hard == resource.RLIM_INFINITY else min(value, hard)
             found.append((kind, least, least))
