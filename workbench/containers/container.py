@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -69,7 +70,7 @@ class Container:
             known["status"] = "running"
         elif known["status"] == "running":
             known |= {"status": "exited", "pid": None}
-            known["exit"] = {"code": 137, "reason": "killed with its launcher", "limit": ""}
+            known["exit"] = asdict(Exit(137, "killed with its launcher"))
         return known
 
     @property

@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import NoReturn
 
 from workbench.containers import enter, links, network, spec, state
@@ -260,8 +260,7 @@ class Launcher:
         running.pid = -1
         with suppress(WorkbenchError, OSError):
             known = state.load(running.folder)
-            outcome = {"code": end.code, "reason": end.reason, "limit": end.limit}
-            state.save(running.folder, known | {"status": "exited", "pid": None, "exit": outcome})
+            state.save(running.folder, known | {"status": "exited", "pid": None, "exit": asdict(end)})
         self._undo(running)
         return end
 
@@ -386,8 +385,8 @@ def bury(folder: str, name: str) -> None:
         if os.path.basename(folder).startswith(".gone-") or not os.path.exists(os.path.join(folder, state.STATE)):
             state.remove(folder)
         else:
-            reason = {"code": 137, "reason": "killed with its launcher", "limit": ""}
-            state.save(folder, state.load(folder) | {"status": "exited", "pid": None, "exit": reason})
+            end = asdict(Exit(137, "killed with its launcher"))
+            state.save(folder, state.load(folder) | {"status": "exited", "pid": None, "exit": end})
             state.settle(folder)
     finally:
         os.close(lock)
