@@ -136,6 +136,16 @@ def test_another_build_elsewhere_gives_the_same_image_and_the_host_leaves_no_tra
     assert userns.call("tests.build.inside:find", layers, [mark for mark in marks if len(mark) > 4]) == []
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root has all ids; the unprivileged part builds with one")
+def test_a_user_without_an_id_range_builds_and_runs(cli, elsewhere, monkeypatch):
+    monkeypatch.setenv("WORKBENCH_SINGLE_ID", "1")
+    image = elsewhere.build(written("bare", base='[base]\nsuite = "bookworm"\n'))
+    elsewhere.refs.set("bare", image.id)
+    done = cli("run", "bare", "sh", "-c", "id -u; dpkg --audit; stat -c %u /var/cache/apt/archives/partial",
+               WORKBENCH_HOME=str(BASE / "elsewhere"))  # fmt: skip
+    assert (done.code, done.out.split()) == (0, ["0", "0"]), done
+
+
 REFUSED = [
     ("apt", "nodeb", '[apt]\npackages = ["graphvizz"]', "Debian bookworm has no package 'graphvizz'"),
     ("apt", "nodebver", '[apt]\npackages = ["curl=9.9"]', "Debian bookworm has no version 9.9 of package 'curl'"),

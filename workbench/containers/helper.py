@@ -119,9 +119,10 @@ class Helper:
         """The client is gone: no container outlives it, and unchanged ones leave nothing."""
         self.client.close()
         gone = Exit(137, "its launcher ended")
-        for pidfd, running in list(self.running.items()):
+        for pidfd in self.running:  # all of them, before the first is waited for
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        for pidfd, running in list(self.running.items()):
             self.running.pop(pidfd)
             self.launcher.finish(running, gone)
         for folder in self.unsettled:

@@ -7,9 +7,11 @@ later one fails.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import socket
+import termios
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -111,6 +113,9 @@ class Launcher:
             if running.group and running.group.kind != "v1":
                 running.group.add(running.pid)
             self._furnish(running, run_dir)
+            with suppress(OSError, ValueError):  # known before the program looks
+                window = fcntl.ioctl(stdio[0], termios.TIOCGWINSZ, bytes(8))
+                fcntl.ioctl(running.terminal, termios.TIOCSWINSZ, window)
             ours.send(b"g")
             failure = ours.recv(4096).decode(errors="replace")
             # Not before, since the end of a process takes its time; nor left to itself, for code inside could stop it.

@@ -164,6 +164,8 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             await self._settle()
             return
         self._container = None
+        km: Any = self.parent
+        km.cleanup_connection_file()
         with suppress(WorkbenchError, OSError):
             await asyncio.to_thread(container.remove)
 
