@@ -21,10 +21,10 @@ from typing import NoReturn
 from workbench.linux import mounts, seccomp
 from workbench.linux import syscalls as sc
 
-#: All seven kinds of namespaces that a container has of its own; ``host`` networking leaves one out.
+#: The namespaces that a container is born into; ``host`` networking leaves one out. The seventh, of control groups,
+#: it makes itself: what is its root there is decided by where the maker is.
 NAMESPACES = (
     sc.CLONE_NEWUSER | sc.CLONE_NEWNS | sc.CLONE_NEWPID | sc.CLONE_NEWNET | sc.CLONE_NEWIPC | sc.CLONE_NEWUTS
-    | sc.CLONE_NEWCGROUP
 )  # fmt: skip
 
 COMMAND_NOT_FOUND = 127
@@ -56,6 +56,8 @@ def in_child(
     try:
         if barrier.recv(1) != b"g":
             os._exit(code)
+        what = "make the control group namespace"
+        sc.unshare(sc.CLONE_NEWCGROUP)
         what = "take on the ids of root inside"
         os.setsid()
         sc.new_session_keyring()

@@ -320,15 +320,16 @@ def _make_folder(base: str, name: str, controllers: tuple[str, ...]) -> None:
         with suppress(FileExistsError):
             os.mkdir(parent, 0o755)
         try:
-            for folder in (base, parent):
-                for controller in set(controllers) - set(_read(folder, "cgroup.subtree_control").split()):
-                    _write(folder, "cgroup.subtree_control", f"+{controller}")
             os.mkdir(os.path.join(parent, name), 0o755)
-            return
+            break
         except OSError as error:
             # ENOENT, ENODEV: the last of the others left meanwhile and took the parent along.
             if error.errno not in (errno.ENOENT, errno.ENODEV) or attempt == 999 or not os.path.isdir(base):
                 raise
+    # Now that somebody is in it the parent stays; what is switched on above appears in groups that are there.
+    for folder in (base, parent):
+        for controller in set(controllers) - set(_read(folder, "cgroup.subtree_control").split()):
+            _write(folder, "cgroup.subtree_control", f"+{controller}")
 
 
 def _own_groups() -> dict[str, str]:
