@@ -298,6 +298,15 @@ def test_a_worker_that_died_is_replaced() -> None:
 # --- what a host may lack ---------------------------------------------------------------------------------------
 
 
+@needs_root
+def test_without_root_a_host_that_is_offline_has_containers_too(image: str, tmp_path: Path) -> None:
+    command = ["unshare", "-n", sys.executable, "-m", "workbench", "run", image, "ls", "/sys/class/net"]
+    done = subprocess.run(
+        command, env=os.environ | {"WORKBENCH_SINGLE_ID": "1"}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["lo"], "")
+
+
 def test_no_pasta(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostLacks, match="pasta is missing; apt-get install passt"):

@@ -10,6 +10,7 @@ import fcntl
 import os
 import socket
 from contextlib import suppress
+from typing import Literal
 
 BRIDGE = "wb0"
 LOCK = "/run/workbench-network.lock"
@@ -91,6 +92,16 @@ def uplinks() -> list[str]:
     with open("/proc/net/route") as file:
         rows = [line.split() for line in file.readlines()[1:]]
     return list(dict.fromkeys(row[0] for row in rows if row[1] == "00000000" and row[7] == "00000000"))
+
+
+def has_default_route(process: int | Literal["self"] = "self") -> bool:
+    """Whether a process's network namespace has one, IPv4 or IPv6 (proc(5), net/route and net/ipv6_route)."""
+    with suppress(OSError), open(f"/proc/{process}/net/route") as file:
+        if any(line.split()[1] == "00000000" for line in file.readlines()[1:]):
+            return True
+    with suppress(OSError), open(f"/proc/{process}/net/ipv6_route") as file:
+        return any(line.startswith("0" * 32 + " 00 ") and not line.endswith(" lo\n") for line in file)
+    return False
 
 
 def mtu(name: str) -> int:

@@ -95,7 +95,8 @@ def attach(kind: Network, *, pid: int, slot: int, container_id: str, rootful: bo
     if kind != "outbound":
         return Attachment()
     if not rootful:
-        return Attachment(pasta=Pasta(pid))
+        # A host that is offline is no reason not to work on it, and pasta refuses to start there.
+        return Attachment(pasta=Pasta(pid)) if links.has_default_route() else Attachment()
     request = {"op": "attach", "pid": pid, "slot": slot, "id": container_id}
     try:
         answer = _Worker.get().ask(request)

@@ -12,7 +12,7 @@ import select
 import signal
 import time
 
-from workbench.containers import resolver
+from workbench.containers import links, resolver
 from workbench.linux import syscalls as sc
 from workbench.model import HostLacks
 
@@ -84,7 +84,7 @@ class Pasta:
         poll = select.poll()
         poll.register(self._ready, select.POLLIN)
         deadline = time.monotonic() + _TIMEOUT
-        while not (Pasta._proved and _has_route(target)):
+        while not (Pasta._proved and links.has_default_route(target)):
             if poll.poll(1 if Pasta._proved else 1000):
                 if os.read(self._ready, 32):
                     Pasta._proved = True
@@ -157,15 +157,3 @@ def arguments(target: int, pid_file: str) -> list[str]:
         "-t", "none", "-u", "none", "-T", "none", "-U", "none",
         "--pid", pid_file, "--userns", f"/proc/{target}/ns/user", "--netns", f"/proc/{target}/ns/net",
     ]  # fmt: skip
-
-
-def _has_route(pid: int) -> bool:
-    """Whether a default route is there (proc(5), net/route and net/ipv6_route)."""
-    try:
-        with open(f"/proc/{pid}/net/route") as file:
-            if any(line.split()[1] == "00000000" for line in file.readlines()[1:]):
-                return True
-        with open(f"/proc/{pid}/net/ipv6_route") as file:
-            return any(line.startswith("0" * 32 + " 00 ") and not line.endswith(" lo\n") for line in file)
-    except OSError:
-        return False

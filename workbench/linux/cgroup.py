@@ -326,10 +326,10 @@ def _make_folder(base: str, name: str, controllers: tuple[str, ...]) -> None:
             # ENOENT, ENODEV: the last of the others left meanwhile and took the parent along.
             if error.errno not in (errno.ENOENT, errno.ENODEV) or attempt == 999 or not os.path.isdir(base):
                 raise
-    # Now that somebody is in it the parent stays; what is switched on above appears in groups that are there.
-    for folder in (base, parent):
-        for controller in set(controllers) - set(_read(folder, "cgroup.subtree_control").split()):
-            _write(folder, "cgroup.subtree_control", f"+{controller}")
+    # Now that somebody is in it the parent stays; what is switched on above appears in groups that are there. The file
+    # is not asked first: it names a controller that another process is just switching on before its files are there.
+    for folder in (base, parent) if controllers else ():
+        _write(folder, "cgroup.subtree_control", " ".join(f"+{controller}" for controller in controllers))
 
 
 def _own_groups() -> dict[str, str]:
