@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -69,8 +68,7 @@ class Container:
         if running:
             known["status"] = "running"
         elif known["status"] == "running":
-            known |= {"status": "exited", "pid": None}
-            known["exit"] = asdict(Exit(137, "killed with its launcher"))
+            known |= state.KILLED_WITH_ITS_LAUNCHER
         return known
 
     @property

@@ -71,8 +71,7 @@ class Launcher:
         wanted = spec.ContainerSpec.from_json(known["spec"])
         running = Running(wanted.id, folder, wanted, lock=state.hold(folder))
         try:
-            with suppress(FileNotFoundError):
-                os.unlink(os.path.join(folder, "stop"))
+            state.forget_the_wish_to_stop(folder)
             self._start(running, known["run_dir"], stdio)
             now = {"status": "running", "pid": running.pid, "started": running.started, "exit": None}
             state.save(folder, known | now)
@@ -390,8 +389,7 @@ def bury(folder: str, name: str) -> None:
         if os.path.basename(folder).startswith(".gone-") or not os.path.exists(os.path.join(folder, state.STATE)):
             state.remove(folder)
         else:
-            end = asdict(Exit(137, "killed with its launcher"))
-            state.save(folder, state.load(folder) | {"status": "exited", "pid": None, "exit": end})
+            state.save(folder, state.load(folder) | state.KILLED_WITH_ITS_LAUNCHER)
             state.settle(folder)
     finally:
         os.close(lock)

@@ -87,17 +87,17 @@ def alive(port: str) -> bool:
         return False
 
 
-def uplinks() -> list[str]:
-    """The devices of the default routes."""
-    with open("/proc/net/route") as file:
+def uplinks(process: int | Literal["self"] = "self") -> list[str]:
+    """The devices of the IPv4 default routes in a process's network namespace (proc(5), net/route)."""
+    with open(f"/proc/{process}/net/route") as file:
         rows = [line.split() for line in file.readlines()[1:]]
     return list(dict.fromkeys(row[0] for row in rows if row[1] == "00000000" and row[7] == "00000000"))
 
 
 def has_default_route(process: int | Literal["self"] = "self") -> bool:
-    """Whether a process's network namespace has one, IPv4 or IPv6 (proc(5), net/route and net/ipv6_route)."""
-    with suppress(OSError), open(f"/proc/{process}/net/route") as file:
-        if any(line.split()[1] == "00000000" for line in file.readlines()[1:]):
+    """Whether a process's network namespace has one, IPv4 or IPv6 (proc(5), net/ipv6_route)."""
+    with suppress(OSError):
+        if uplinks(process):
             return True
     with suppress(OSError), open(f"/proc/{process}/net/ipv6_route") as file:
         return any(line.startswith("0" * 32 + " 00 ") and not line.endswith(" lo\n") for line in file)

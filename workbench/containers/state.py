@@ -22,12 +22,16 @@ import stat
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from workbench.linux import trees
-from workbench.model import NOT_ENVIRONMENT, Conflict, NotFound
+from workbench.model import NOT_ENVIRONMENT, Conflict, Exit, NotFound
 
 STATE = "state.json"
+STOP = "stop"
+#: What is known of the end of a container that nobody saw.
+KILLED_WITH_ITS_LAUNCHER = {"status": "exited", "pid": None, "exit": asdict(Exit(137, "killed with its launcher"))}
 
 
 def lay_out(folder: str, state: dict[str, Any]) -> int:
@@ -99,12 +103,18 @@ def hold(folder: str) -> int:
 
 def ask_to_stop(folder: str) -> None:
     """Put on record that its end is its owner's wish, for whoever would start it again otherwise."""
-    os.close(os.open(os.path.join(folder, "stop"), os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+    os.close(os.open(os.path.join(folder, STOP), os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
 
 
 def was_asked_to_stop(folder: str) -> bool:
     """Whether ``ask_to_stop`` was called since its start."""
-    return os.path.exists(os.path.join(folder, "stop"))
+    return os.path.exists(os.path.join(folder, STOP))
+
+
+def forget_the_wish_to_stop(folder: str) -> None:
+    """It is started again."""
+    with suppress(FileNotFoundError):
+        os.unlink(os.path.join(folder, STOP))
 
 
 def is_running(folder: str) -> bool:

@@ -131,14 +131,12 @@ class Cgroup:
         cls(place.kind, {key: path for key, path in folders.items() if os.path.isdir(path)}).remove()
 
     def _set(self, limits: Limits) -> None:
-        wanted = {"memory": limits.memory, "pids": limits.processes, "cpu": limits.cpus}
-        for controller, value in wanted.items():
-            if value is not None and controller == "cpu" and controller not in self.folders:
-                raise HostLacks(  # of the others, ``rlimits`` does what it can
-                    "limit a container's processors",
-                    f"cgroup {self.kind} has no cpu controller here",
-                    "leave that limit out, or see `jupyter workbench doctor`",
-                )
+        if limits.cpus is not None and "cpu" not in self.folders:
+            raise HostLacks(  # for the others, ``rlimits`` does what it can
+                "limit a container's processors",
+                f"cgroup {self.kind} has no cpu controller here",
+                "leave that limit out, or see `jupyter workbench doctor`",
+            )
         v2 = self.kind == "v2"
         if limits.memory is not None and "memory" in self.folders:
             # Swap counts as memory: a limit that moves the excess to the disk would be none.
