@@ -128,6 +128,16 @@ def test_removing_ends_what_still_runs(name: str) -> None:
 
 
 @needs_groups
+def test_a_parent_whose_maker_was_killed_before_its_first_group_goes(name: str) -> None:
+    parents = [Path(base, "workbench") for base in dict.fromkeys(cgroup.find().bases.values())]
+    for parent in parents:
+        parent.mkdir(exist_ok=True)
+    Cgroup.forget(name)
+    left = [parent for parent in parents if parent.exists()]
+    assert all(any(entry.is_dir() for entry in parent.iterdir()) for parent in left), left
+
+
+@needs_groups
 def test_joining_puts_the_child_in_and_brings_us_back(name: str) -> None:
     before = Path("/proc/self/cgroup").read_text()
     group = Cgroup.make(name, Limits())

@@ -129,6 +129,9 @@ class Cgroup:
         place = find()
         folders = {key: os.path.join(base, _PARENT, name) for key, base in place.bases.items()}
         cls(place.kind, {key: path for key, path in folders.items() if os.path.isdir(path)}).remove()
+        for path in folders.values():  # a maker killed between two steps had got no further than the parent
+            with suppress(OSError):
+                os.rmdir(os.path.dirname(path))
 
     def _set(self, limits: Limits) -> None:
         if limits.cpus is not None and "cpu" not in self.folders:
