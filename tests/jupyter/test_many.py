@@ -14,8 +14,7 @@ from workbench.jupyter import shared
 COUNT = 50
 
 
-async def one(folder: str, context: zmq.asyncio.Context) -> tuple[str, AsyncKernelManager]:
-    manager = AsyncKernelManager(kernel_name="wb-python", context=context)
+async def one(folder: str, manager: AsyncKernelManager) -> str:
     await manager.start_kernel(cwd=folder)
     client = manager.client()
     client.start_channels()
@@ -28,7 +27,7 @@ async def one(folder: str, context: zmq.asyncio.Context) -> tuple[str, AsyncKern
             text += message["content"].get("text", "")
 
         await client.execute_interactive("import platform; print(platform.node())", output_hook=take, timeout=200)
-        return text.strip(), manager
+        return text.strip()
     finally:
         client.stop_channels()
 
@@ -36,13 +35,15 @@ async def one(folder: str, context: zmq.asyncio.Context) -> tuple[str, AsyncKern
 def test_fifty_at_once(image, tmp_path):
     async def all_of_them() -> list[str]:
         context = zmq.asyncio.Context()  # one for all, as a server has it
-        done = await asyncio.gather(*(one(str(tmp_path), context) for _ in range(COUNT)), return_exceptions=True)
-        started = [entry for entry in done if not isinstance(entry, BaseException)]
-        assert len(shared.workbench().ps()) == len(started)
-        await asyncio.gather(*(manager.shutdown_kernel(now=True) for _, manager in started))
-        context.term()
-        assert [entry for entry in done if isinstance(entry, BaseException)] == []
-        return [name for name, _ in started]
+        managers = [AsyncKernelManager(kernel_name="wb-python", context=context) for _ in range(COUNT)]
+        try:
+            names = await asyncio.gather(*(one(str(tmp_path), each) for each in managers), return_exceptions=True)
+            assert [entry for entry in names if isinstance(entry, BaseException)] == []
+            assert len(shared.workbench().ps()) == COUNT
+            return names
+        finally:
+            await asyncio.gather(*(each.shutdown_kernel(now=True) for each in managers if each.has_kernel))
+            context.destroy(linger=0)  # of one that failed, sockets are open still: ``term`` would wait for them
 
     # As a server does (ServerApp.min_open_files_limit); a process has 1,024 descriptors at first.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -15,6 +15,7 @@ import websocket
 
 from tests.jupyter.clients import HUNGRY, Outputs, family
 from tests.jupyter.conftest import Server
+from workbench.linux import cgroup
 
 
 class Session:
@@ -139,6 +140,27 @@ def test_a_memory_limit_is_told_and_others_go_on(image: str, tmp_path: Path) -> 
         assert one.run("1 + 1").text == "2"  # restarted by the server
         one.close()
         other.close()
+    finally:
+        server.close()
+
+
+@pytest.mark.skipif("memory" not in cgroup.available()[1], reason="no control group: Python says MemoryError itself")
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_death_in_one_call_is_told_in_its_cell(image: str, tmp_path: Path, before: int) -> None:
+    """The call holds the interpreter's lock, so that the kernel cannot even say that it is busy with that cell."""
+    server = Server(tmp_path, config="c.Workbench.memory = '300M'")
+    try:
+        notebook = Session(server)
+        for number in range(before):
+            notebook.run(f"{number}")
+        # The first leaves no time for anything; the others wait in the kernel's queue, as with Run All.
+        request, *_ = [notebook.execute(code) for code in ("x = b'1' * 10**9", "2", "3")]
+        for message in notebook.messages():
+            if message["header"]["msg_type"] == "stream":
+                break
+        assert "memory limit of 300.0 MiB" in message["content"]["text"]
+        assert message["parent_header"]["msg_id"] == request
+        notebook.socket.close()
     finally:
         server.close()
 

@@ -5,9 +5,11 @@ may take over: every client's SUB socket reconnects to that name by itself (libz
 one ``stream`` message on stderr, signed like the kernel's own. To be shown, it must name the request that was
 running as its parent. So a SUB socket of ours follows the kernel's ``status`` messages, two short ones for each
 execution (``busy`` is the first that a kernel says of a request), and takes them out of its queue at most twice a
-second, so that the kernel's round trips don't feel it. (A kernel that dies in the first milliseconds of a cell, or
-in one call that holds the interpreter's lock from there on, takes that message along in a queue of its own memory:
-then only the log has the reason.)
+second, so that the kernel's round trips don't feel it.
+
+A kernel that dies in the first milliseconds of a cell, or in one call that holds the interpreter's lock from there
+on, takes that message along in a queue of its own memory. A server knows nevertheless what was asked of it, for the
+requests go through it (``Listener.sent``). With another client only the log has the reason then.
 
 One thread, for all kernels of this process, that sleeps while nothing happens. It owns the sockets: a ZeroMQ
 socket is not to be shared between threads.
@@ -20,7 +22,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,7 +49,32 @@ class Listener:
     curve: tuple[bytes, bytes] | None = None
     socket: zmq.Socket[bytes] | None = None
     topic: bytes = _ANY
+    #: The header of the last execution that the kernel said something of, and whether it said that it is over.
     parent: dict[str, Any] = field(default_factory=dict)
+    over: bool = False
+    #: Headers of the executions that were asked for through this process and are not known to be over, in order.
+    asked: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=1000))
+
+    def sent(self, frames: Sequence[Any]) -> None:
+        """Take notice of a message that went to the shell channel; from any thread."""
+        with contextlib.suppress(ValueError, IndexError):
+            delimiter = next(
+                (at for at, frame in enumerate(frames) if len(frame) == 9 and bytes(frame) == _DELIMITER), 0
+            )
+            header = bytes(frames[delimiter + 2])
+            if b'"execute_request"' in header:
+                self.asked.append(json.loads(header))
+
+    def finished(self, request: str) -> None:
+        """A kernel takes one execution after the other: what was asked for before is over as well."""
+        if any(header.get("msg_id") == request for header in list(self.asked)):
+            while self.asked and self.asked.popleft().get("msg_id") != request:
+                pass
+
+    def running(self) -> dict[str, Any]:
+        """The header of the execution that runs, as far as anybody knows; else of the last one, or nothing."""
+        waiting = list(self.asked) if self.over or not self.parent else []
+        return waiting[0] if waiting else self.parent
 
 
 class LastWords:
@@ -129,7 +157,7 @@ class LastWords:
         if listener.curve:
             socket.curve_publickey, socket.curve_secretkey = listener.curve
             socket.curve_serverkey = listener.curve[0]
-        listener.topic, listener.parent = _ANY, {}
+        listener.topic = _ANY
         socket.subscribe(_ANY)
         socket.connect(listener.address)
         listener.socket = socket
@@ -152,8 +180,10 @@ class LastWords:
             while True:
                 frames = socket.recv_multipart(zmq.NOBLOCK)
                 topic = frames[0]
-                if topic.endswith(_REQUEST) and b'"busy"' in frames[-1] and b'"execute_request"' in frames[-3]:
+                if topic.endswith(_REQUEST) and b'"execute_request"' in frames[-3]:
                     last = frames
+                    if listener.asked and b'"idle"' in frames[-1]:
+                        listener.finished(_parent(frames).get("msg_id", ""))
                 if listener.topic == _ANY and topic.count(b".") >= 2:
                     # from now on only what is needed, not even the kernel's other small messages
                     narrow = topic[: topic.rindex(b".")] + _REQUEST
@@ -162,12 +192,8 @@ class LastWords:
                     listener.topic = narrow
         except zmq.ZMQError:  # EAGAIN: the queue is empty
             pass
-        if last:
-            with contextlib.suppress(ValueError, KeyError, IndexError, TypeError):
-                # topic, delimiter, signature, header, parent header, metadata, content
-                parent = json.loads(last[last.index(_DELIMITER) + 3])
-                if isinstance(parent, dict):
-                    listener.parent = parent
+        if last and (parent := _parent(last)):
+            listener.parent, listener.over = parent, b'"idle"' in last[-1]
 
     def _say(self, listener: Listener, text: str, done: Future[int]) -> None:
         reached = 0
@@ -180,7 +206,8 @@ class LastWords:
 
     def _publish(self, listener: Listener, text: str) -> int:
         session = listener.session.clone()
-        parent = {"header": listener.parent} if listener.parent else None
+        running = listener.running()
+        parent = {"header": running} if running else None
         # The second ends the request for those who follow its status: a server takes a kernel that died while it
         # was busy for busy when it has started it again, and does not wait until its channels are connected.
         contents = (("stream", {"name": "stderr", "text": text + "\n"}), ("status", {"execution_state": "idle"}))
@@ -209,6 +236,15 @@ class LastWords:
                     socket.send_multipart([topic, *frames])
                 reached += 1
         return reached
+
+
+def _parent(frames: list[bytes]) -> dict[str, Any]:
+    """The parent header of a message: topic, delimiter, signature, header, parent header, metadata, content."""
+    with contextlib.suppress(ValueError, IndexError):
+        found = json.loads(frames[frames.index(_DELIMITER) + 3])
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 _instance: LastWords | None = None

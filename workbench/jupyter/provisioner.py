@@ -135,6 +135,20 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         km.transport, km.ip = "ipc", prefix
         for channel in connection.CHANNELS:
             setattr(km, f"{channel}_port", connection.number(channel))
+        connect = km.connect_shell
+
+        def connect_shell(*args: Any, **kwargs: Any) -> Any:
+            channel = connect(*args, **kwargs)
+            if hasattr(channel, "on_send"):  # a stream, such as a server has for each browser
+                channel.on_send(self._on_request)
+            return channel
+
+        km.connect_shell = connect_shell
+
+    def _on_request(self, frames: list[Any], _status: object) -> None:
+        """A server hands a message on to the kernel."""
+        if self._listener is not None:
+            self._listener.sent(frames)
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:  # noqa: ARG002
         """Start the container with the kernel in it."""
