@@ -21,7 +21,7 @@ demo: setup ## build the image `python`, run the quickstart notebook in a contai
 	@$(BIN)/python scripts/demo.py $(ARGS)
 
 lab: setup ## JupyterLab with a launcher card for each image
-	@$(BIN)/jupyter workbench build recipes/python
+	@$(BIN)/jupyter workbench build --refresh recipes/python
 	@$(BIN)/jupyter lab --notebook-dir=notebooks $$(test "$$(id -u)" != 0 || echo --allow-root) $(ARGS)
 
 test: ## all tests, as root and as an unprivileged user

@@ -52,7 +52,8 @@ PEERS = (
     Tool("slirp4netns", "network for podman without root", "slirp4netns"),
     Tool("fuse-overlayfs", "storage for podman without root", "fuse-overlayfs"),
 )
-BROWSER = (
+TESTS = (
+    Tool("faketime", "another clock, for builds that must not see it", "faketime"),
     Tool("chromium", "the browser of the user interface tests", "chromium"),
     Tool("fonts-dejavu-core", "letters for it"),
     Tool("libatomic1", "a library of the program that drives it"),
@@ -60,7 +61,7 @@ BROWSER = (
 #: goal: (extras of the package, Debian packages)
 GOALS = {
     "run": ("lab", TOOLS),
-    "test": ("lab,test", TOOLS + BROWSER),
+    "test": ("lab,test", TOOLS + TESTS),
     "bench": ("lab,test", TOOLS + PEERS),
 }
 

@@ -318,7 +318,7 @@ def demo(folder: Path) -> bool:
     with timed("examining this machine"):
         examine()
     with timed("building recipes/python"):
-        image = workbench("build", str(RECIPE), quiet=False)
+        image = workbench("build", str(RECIPE), "--refresh", quiet=False)
         print(f"   {image['name']}: {image['id']}")
     server = Server(folder)
     try:

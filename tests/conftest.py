@@ -89,7 +89,7 @@ def cli() -> Callable[..., Finished]:
 @pytest.fixture(scope="session")
 def image(cli: Callable[..., Finished]) -> str:
     """The ID of recipes/python, built once; its name is ``python``, its kernelspec ``wb-python``."""
-    done = cli("build", str(RECIPE), "--json", timeout=280)
+    done = cli("build", str(RECIPE), "--refresh", "--json", timeout=280)  # its lock may have aged
     assert done.code == 0, done.err
     return str(json.loads(done.out)["id"])
 

@@ -28,6 +28,10 @@ from workbench.model import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from workbench.build.builder import Built, Options
+    from workbench.build.recipe import Recipe
     from workbench.images.refs import Refs
     from workbench.images.store import Store
 
@@ -98,22 +102,61 @@ class Workbench(LoggingConfigurable):
         return self._refs
 
     def build(
-        self, recipe: str, *, name: str | None = None, progress: Callable[[str], None] = lambda _line: None
-    ) -> tuple[str, Image]:
-        """Build a recipe (a folder, or the name of a shipped one) and name the result: that name, and the image.
+        self, recipe: str, *, name: str | None = None, refresh: bool = False, check: bool = False,
+        offline: bool = False, vendored: str | None = None, progress: Callable[[str], None] = lambda _line: None,
+    ) -> tuple[str, Built]:  # fmt: skip
+        """Build a recipe (a folder, or the name of a shipped one), from its lock where it has one.
 
+        Returns the name that the result got, and the build. name: instead of the recipe's own; refresh: choose
+        others for packages of the lock that cannot be had any more; check: build twice and compare; offline: fetch
+        nothing; vendored: the folder that ``lock`` filled, by default ``vendor`` beside the recipe.
         Raises InvalidInput, BuildFailed, HostLacks.
         """
-        from workbench.build import builder
+        from dataclasses import replace as but
+
+        from workbench.build import builder, lock
         from workbench.build import recipe as recipes
 
-        found = recipes.load(recipes.find(recipe))
+        folder = recipes.find(recipe)
+        found = recipes.load(folder)
+        options = builder.Options(
+            lock=lock.load(folder), refresh=refresh, offline=offline, vendored=_vendored(folder, vendored)
+        )
         name = name or found.name
-        image = builder.build(
+        built = self._build(found, options, name, progress)
+        if check:
+            again = self._build(found, but(options, lock=built.lock, fresh=True), "", progress)
+            built = but(built, differences=[*built.differences, *builder.compare(self.store, built, again)])
+        return name, built
+
+    def lock(
+        self, recipe: str, *, refresh: bool = False, vendor: str | None = None,
+        progress: Callable[[str], None] = lambda _line: None,
+    ) -> tuple[str, Built]:  # fmt: skip
+        """Choose versions for a recipe, build it, and write its lock: that file, and the build.
+
+        refresh: keep what the present lock says as far as it can be had; vendor: a folder to fill with all files
+        that a build needs. Raises as ``build`` does.
+        """
+        from workbench.build import builder, lock
+        from workbench.build import recipe as recipes
+
+        folder = recipes.find(recipe)
+        found = recipes.load(folder)
+        old = lock.load(folder) if refresh else None
+        options = builder.Options(
+            lock=old, refresh=True, anew=not refresh, sums=True, vendor=_path(vendor), vendored=_vendored(folder, None)
+        )
+        built = self._build(found, options, found.name, progress)
+        return str(lock.save(built.lock, folder)), built
+
+    def _build(self, found: Recipe, options: Options, name: str, progress: Callable[[str], None]) -> Built:
+        from workbench.build import builder
+
+        return builder.build(
             found, store=self.store, refs=self.refs, containers=self.containers,
-            settings=self.settings(found.base.suite), progress=progress, name=name,
+            settings=self.settings(found.base.suite), progress=progress, name=name, options=options,
         )  # fmt: skip
-        return name, image
 
     def image(self, text: str) -> Image:
         """An image by name, ID or beginning of its ID. Raises NotFound, InvalidInput."""
@@ -301,6 +344,17 @@ class Workbench(LoggingConfigurable):
     def close(self) -> None:
         """End the helper and with it every container that this process started."""
         self.containers.close()
+
+
+def _vendored(folder: Path, text: str | None) -> Path | None:
+    beside = folder / "vendor"
+    return _path(text) or (beside if beside.is_dir() else None)
+
+
+def _path(text: str | None) -> Path | None:
+    from pathlib import Path
+
+    return Path(text).absolute() if text else None
 
 
 def _memory(text: str) -> int | None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import BASE, RECIPE
-from workbench.build import builder, recipe
+from workbench.build import builder, lock, recipe
 from workbench.build.cache import Cache
 from workbench.containers.container import Containers
 from workbench.containers.host_settings import APT_SOURCES, apt_sources, discover
@@ -48,13 +48,17 @@ class Bench:
         self.containers = Containers(str(home))
         self.lines: list[str] = []
 
-    def build(self, folder: str, settings: Settings | None = None, epoch: int | None = None):
+    def make(self, folder: str, settings: Settings | None = None, **options) -> builder.Built:
         self.lines.clear()
         found = recipe.load(folder)
         return builder.build(
             found, store=self.store, refs=self.refs, containers=self.containers, progress=self.lines.append,
-            settings=settings or discover(suite=found.base.suite), epoch=epoch,
+            settings=settings or discover(suite=found.base.suite), options=builder.Options(**options),
         )  # fmt: skip
+
+    def build(self, folder: str, settings: Settings | None = None, **options):
+        """The image alone."""
+        return self.make(folder, settings, **options).image
 
 
 @pytest.fixture
@@ -80,7 +84,7 @@ def epoch_of(image) -> int:
 
 def test_a_second_build_takes_every_step_from_the_cache(bench, image):
     began = time.monotonic()
-    assert bench.build(str(RECIPE)).id == image
+    assert bench.build(str(RECIPE), lock=lock.load(RECIPE), refresh=True).id == image
     assert time.monotonic() - began < 5
     assert [line.partition(":")[0] for line in bench.lines] == ["base", "apt", "python"]
     assert all(", cached (" in line for line in bench.lines)
@@ -125,7 +129,7 @@ def test_another_build_elsewhere_gives_the_same_image_and_the_host_leaves_no_tra
             mirrors=tuple(mirrors.items()),
             texts=(*settings.texts, (APT_SOURCES, apt_sources("bookworm", mirrors))),
         )
-        there = elsewhere.build(folder, settings, epoch_of(here))
+        there = elsewhere.build(folder, settings, epoch=epoch_of(here))
     finally:
         os.umask(before)
     assert there.diff_ids[2] == here.diff_ids[2]
@@ -152,7 +156,6 @@ REFUSED = [
     ("python", "nopy", '[python]\npackages = ["pandass-not-there"]', "there is no Python package 'pandass-not-there'"),
     ("python", "nopyver", '[python]\npackages = ["six==99.1"]', "there is no version six==99.1"),
     ("python", "clash", '[python]\npackages = ["six<1.10", "python-dateutil>=2.9", "six>=1.16"]', "do not go together"),
-    ("python", "nospec", '[python]\npackages = ["six >= abc"]', "'six >= abc' is no Python requirement"),
 ]
 
 
@@ -176,7 +179,7 @@ def test_what_cannot_be_had_is_one_line_with_a_log(bench, step, name, more, said
 
 def test_what_has_no_wheel_is_built_from_source(bench):
     bench.build(written("sdist", f'[python]\npackages = ["docopt!=0.0.{random.randint(1, 10**9)}"]'))
-    assert any("building them from source" in line for line in bench.lines)
+    assert any("building wheel from source" in line for line in bench.lines)
 
 
 def test_a_failed_base_says_why(elsewhere):
@@ -257,8 +260,8 @@ def test_ctrl_c_ends_the_running_step_and_keeps_the_ones_before(home):
 
 # Two quick recipes, so that ten kills take seconds: one up to its Debian packages, one up to Python's.
 POINTS = {
-    "apt": ["", "base: .*cached", r"apt: \d+ Debian", "apt: reading", "apt: (?!reading)", "apt: keeping"],
-    "python": ["apt: .*cached", "python: 1", "python: (resolved|prepared|installed)", "python: keeping"],
+    "apt": ["", "apt: choosing", "apt: reading", r"apt: \d+ Debian", "fetching|apt: reading", "apt: keeping"],
+    "python": ["python: choosing", "python: 1", "python: (resolved|prepared|installed)", "python: keeping"],
 }
 
 
@@ -280,21 +283,23 @@ def test_kill_9_at_any_point_leaves_a_clean_store(home, step):
     assert process.returncode == 0, said
 
 
-def test_gc_drops_what_uv_keeps_but_not_under_a_build(bench, image):
+def test_gc_drops_what_was_fetched_but_not_under_a_build(bench, image):
     cache = Cache(bench.store.home)
     bench.build(written("cached", f'[python]\npackages = ["six!=0.0.{random.randint(1, 10**9)}"]'))
-    assert any((cache.uv / "files").iterdir())
+    files = bench.store.home / "cache" / "downloads" / "files"
+    assert any((files / "uv").iterdir())
+    assert any((files / "sha256").iterdir())
     with cache.downloads():
         assert Cache(bench.store.home).drop_downloads() == 0
     assert cache.drop_downloads() > 10_000
-    assert not (cache.uv / "files").exists()
+    assert not files.exists()
 
 
 def test_kill_9_in_the_base(elsewhere):
     home = elsewhere.store.home
     folder = written("killedbase", base='[base]\nsuite = "trixie"\n')
     process = start(folder, home)
-    until(process, r"base: (downloading|unpacking)")
+    until(process, r"base: (installing|cleaning)")
     process.kill()
     process.communicate(timeout=20)
     assert settled(home)

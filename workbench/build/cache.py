@@ -5,7 +5,7 @@
     cache/<key>.json    the layer and what it took; useless, and overwritten, once the layer is gone
     cache/<key>.lock    held (flock(2)) while the step is built
     cache/logs/         the logs of steps that failed
-    cache/uv/files/     uv's own cache, shared by builds, which hold a lock of the folder above it
+    cache/downloads/    files by sha256, and uv's own cache of what it read; shared by builds, which hold its lock
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Cache:
     def __init__(self, home: str | Path) -> None:
         self.folder = Path(home) / "cache"
         self.logs = self.folder / "logs"
-        self.uv = self.folder / "uv"
-        for folder in (self.folder, self.logs, self.uv):
+        self._downloads = self.folder / "downloads"
+        for folder in (self.folder, self.logs, self._downloads):
             folder.mkdir(0o700, parents=True, exist_ok=True)
 
     def get(self, key: str) -> dict[str, Any] | None:
@@ -37,7 +37,8 @@ class Cache:
             value = json.loads((self.folder / f"{key}.json").read_bytes())
         except (FileNotFoundError, ValueError):
             return None
-        return value if isinstance(value, dict) and isinstance(value.get("diff_id"), str) else None
+        whole = isinstance(value, dict) and all(name in value for name in ("diff_id", "epoch", "lock"))
+        return value if whole else None
 
     def put(self, key: str, value: dict[str, Any]) -> None:
         """Remember, by an atomic rename; losing it in a crash costs a rebuild and nothing else."""
@@ -89,26 +90,28 @@ class Cache:
 
     @contextmanager
     def downloads(self) -> Iterator[Path]:
-        """uv's cache, for as long as a step uses it; nobody drops it meanwhile."""
-        fd = os.open(self.uv, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        """The folder with ``sha256/`` and ``uv/``, for as long as a build uses it; nobody drops it meanwhile."""
+        fd = os.open(self._downloads, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH)
-            files = self.uv / "files"
-            files.mkdir(0o700, exist_ok=True)
+            files = self._downloads / "files"
+            for name in ("sha256", "uv"):
+                (files / name).mkdir(0o700, parents=True, exist_ok=True)
             yield files
         finally:
             os.close(fd)
 
     def drop_downloads(self) -> int:
-        """Empty uv's cache, which only saves downloads; bytes that went, 0 while a build uses it."""
-        fd = os.open(self.uv, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        """Empty it, which only saves downloads; bytes that went, 0 while a build uses it."""
+        fd = os.open(self._downloads, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             size = sum(
-                os.lstat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(self.uv) for name in names
-            )
+                os.lstat(os.path.join(folder, name)).st_size
+                for folder, _, names in os.walk(self._downloads) for name in names
+            )  # fmt: skip
             if size:
-                userns.call("workbench.images.layer:remove", str(self.uv / "files"))
+                userns.call("workbench.images.layer:remove", str(self._downloads / "files"))
             return size
         except BlockingIOError:
             return 0

@@ -26,8 +26,6 @@ SUITES = ("bookworm", "trixie")
 _NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*(?:/[a-z0-9]+(?:[._-][a-z0-9]+)*)*")
 # Debian policy 5.6.1, with the two ways apt-get has to choose a version: name=version, name/suite.
 _APT = re.compile(r"[a-z0-9][a-z0-9+.-]+(?::[a-z0-9]+)?(?:=[A-Za-z0-9.+:~-]+|/[a-z0-9-]+)?")
-# The first part of a PEP 508 requirement; uv judges the rest.
-_REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)\s*(\[[^\]]*\])?\s*([^\s].*)?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 IPYKERNEL_ARGV = ("/opt/venv/bin/python", "-m", "ipykernel_launcher", "-f", "{connection_file}")
@@ -106,9 +104,14 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def requirement_name(text: str) -> str:
-    """The normalised project name (PEP 503) that a PEP 508 requirement begins with."""
-    found = _REQUIREMENT.fullmatch(text.strip())
-    return re.sub(r"[-_.]+", "-", found[1]).lower() if found else ""
+    """The normalised project name (PEP 503) of a PEP 508 requirement; empty for what is none."""
+    from packaging.requirements import InvalidRequirement, Requirement
+    from packaging.utils import canonicalize_name
+
+    try:
+        return canonicalize_name(Requirement(text).name)
+    except InvalidRequirement:
+        return ""
 
 
 def load(folder: str | Path) -> Recipe:
@@ -227,13 +230,15 @@ class _Check:
         self._limits(recipe)
 
     def _requirement(self, key: str, text: str) -> None:
-        found = _REQUIREMENT.fullmatch(text)
-        if not found or text != text.strip() or any(ord(c) < 32 for c in text):
+        from packaging.requirements import InvalidRequirement, Requirement
+
+        try:
+            found = Requirement(text)
+        except InvalidRequirement:
             self.fail(key, f"{text!r} is no Python requirement", 'write it like "pandas>=2"')
-        rest = found[3] or ""
-        if rest and rest[0] not in "<>=!~;@(":
-            self.fail(key, f"{text!r} is no Python requirement", 'write it like "pandas>=2"')
-        if rest.startswith("@") and not re.match(r"@\s*(?:https?|git\+https?)://", rest):
+        if any(ord(c) < 32 for c in text):
+            self.fail(key, f"{text!r} is no Python requirement", "one requirement to a string")
+        if found.url and not re.match(r"https?://", found.url):
             self.fail(key, f"{text!r} points at a local file", "the build sees https:// addresses only")
 
     def _kernel(self, recipe: Recipe) -> None:

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from workbench.cli import show
 from workbench.model import WorkbenchError, format_size
 
 if TYPE_CHECKING:
+    from workbench.build.builder import Built
     from workbench.cli import Kernelspecs
     from workbench.cli.options import Parsed
     from workbench.containers.client import HelperClient
@@ -48,22 +49,71 @@ def execute(parsed: Parsed, kernelspecs: Get, *, helper: HelperClient | None = N
         bench.close()
 
 
-def build(bench: Workbench, options: Any, kernelspecs: Get) -> int:
-    """``build FOLDER``."""
+def _progress() -> tuple[Callable[[str], None], Callable[[], float]]:
+    """Where lines of a build go, and the seconds since now."""
     started = time.monotonic()
 
     def progress(line: str) -> None:
         print(f"{time.monotonic() - started:7.1f} s  {line}", file=sys.stderr, flush=True)
 
-    name, image = bench.build(options.recipe, name=options.name, progress=progress)
+    return progress, lambda: time.monotonic() - started
+
+
+def build(bench: Workbench, options: Any, kernelspecs: Get) -> int:
+    """``build FOLDER``."""
+    progress, seconds = _progress()
+    name, built = bench.build(
+        options.recipe, name=options.name, refresh=options.refresh, check=options.check, offline=options.offline,
+        vendored=options.vendor, progress=progress,
+    )  # fmt: skip
+    image = built.image
     kernel = str(kernelspecs().write(name, image)) if image.kernel is not None else None
-    seconds = time.monotonic() - started
+    row = {
+        "name": name, "id": image.id, "kernelspec": kernel, "seconds": round(seconds(), 3), "locked": built.locked,
+        "identical": built.locked and not built.differences, "differences": built.differences,
+        "renewed": built.renewed,
+    }  # fmt: skip
     if options.json:
-        show.as_json({"name": name, "id": image.id, "kernelspec": kernel, "seconds": round(seconds, 3)})
+        show.as_json(row)
     else:
-        print(f"image  {name}  {image.id}  in {seconds:.1f} s")
-    if kernel and not options.json and image.kernel is not None:
-        print(f'kernel {os.path.basename(kernel)}  "{image.kernel.display_name}"')
+        print(f"image  {name}  {image.id}  in {row['seconds']:.1f} s")
+        if kernel and image.kernel is not None:
+            print(f'kernel {os.path.basename(kernel)}  "{image.kernel.display_name}"')
+        for line in _verdict(built, options.check):
+            print(line)
+    return 1 if built.differences else 0
+
+
+def _verdict(built: Built, checked: bool) -> Iterator[str]:
+    for line in built.renewed:
+        yield f"lock   renewed: {line}"
+    if built.renewed:
+        yield "lock   `jupyter workbench lock --refresh` writes that into the recipe"
+    for line in built.differences:
+        yield f"lock   {line}"
+    if not built.differences:
+        if checked:
+            yield "check  the same layers twice"
+        if built.locked and not built.renewed:
+            yield "lock   identical to the lock"
+
+
+def lock(bench: Workbench, options: Any, kernelspecs: Get) -> int:
+    """``lock FOLDER``."""
+    progress, seconds = _progress()
+    path, built = bench.lock(options.recipe, refresh=options.refresh, vendor=options.vendor, progress=progress)
+    image = built.image
+    if image.kernel is not None:
+        kernelspecs().write(built.name, image)
+    packages = sum(len(step.packages) for step in built.lock.steps)
+    row = {"lock": path, "id": image.id, "packages": packages, "renewed": built.renewed, "seconds": round(seconds(), 3)}
+    if options.json:
+        show.as_json(row)
+    else:
+        for line in built.renewed:
+            print(f"renewed {line}")
+        print(f"lock   {path}  {packages} packages")
+        print(f"image  {built.name}  {image.id}  in {row['seconds']:.1f} s")
     return 0
 
 

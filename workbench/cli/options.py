@@ -69,6 +69,17 @@ def _several(parser: argparse.ArgumentParser, what: str) -> None:
 def _build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="FOLDER", help="a folder with a recipe.toml")
     parser.add_argument("--name", help="name[:tag] of the image (default: the recipe's own name)")
+    parser.add_argument("--refresh", action="store_true", help="take others for packages that cannot be had any more")
+    parser.add_argument("--check", action="store_true", help="build twice, and name the files that differ")
+    parser.add_argument("--offline", action="store_true", help="fetch nothing: all files are here, or vendored")
+    parser.add_argument("--vendor", metavar="DIR", help="take files from here first (default: FOLDER/vendor)")
+    _json(parser)
+
+
+def _lock(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="FOLDER", help="a folder with a recipe.toml")
+    parser.add_argument("--refresh", action="store_true", help="keep what the lock says as far as it can be had")
+    parser.add_argument("--vendor", metavar="DIR", help="keep all files that a build needs here")
     _json(parser)
 
 
@@ -131,10 +142,20 @@ COMMANDS: dict[str, Command] = {
         "build an image from a recipe, and its kernel for Jupyter",
         _build, "workbench.cli.commands:build",
         "Build an image from a recipe. Each step is a layer; a step that was built\n"
-        "before is taken from the cache. The image's kernel then stands in the launcher\n"
-        "of every Jupyter client as wb-NAME.",
+        "before is taken from the cache. With a recipe.lock beside the recipe just what\n"
+        "that names is taken, and the end says whether the image is identical to the lock;\n"
+        "exit code 1 when it is not. The image's kernel then stands in the launcher of\n"
+        "every Jupyter client as wb-NAME.",
         (("build recipes/python", "the image `python`"),
-         ("build . --name team/stats:2", "under another name")),
+         ("build . --name team/stats:2", "under another name"),
+         ("build . --offline --vendor files", "without a network")),
+    ),
+    "lock": Command(
+        "choose versions for a recipe and write them down", _lock, "workbench.cli.commands:lock",
+        "Choose a version of every package, build the image, and write recipe.lock: each\n"
+        "file by its hash, and the layer of each step. Whoever builds the recipe with that\n"
+        "lock gets the same image, to the byte. Without --refresh all versions are the\n"
+        "newest.",
     ),
     "images": Command("list images", _json, "workbench.cli.commands:images"),
     "rmi": Command(

@@ -341,13 +341,13 @@ def pack(tree: str, out_path: str | None = None, clamp: int | None = None) -> di
     hold (devices, names that begin with ``.wh.``), Conflict when a file changes meanwhile, HostLacks
     without space.
     """
-    owners = _read_owners(tree)
+    owners = read_owners(tree)
     links: dict[tuple[int, int], bytes] = {}
     with clear_errors("write a layer's archive", out_path or tree):
         sink = _Sink(out_path)
         try:
             for path, at, name, found in walk(tree):
-                for entry, fd in _entries(path, at, name, found, links, owners):
+                for entry, fd in entries(path, at, name, found, links, owners):
                     if clamp is not None and entry.mtime:
                         entry.mtime = min(entry.mtime // tar.SECOND, clamp) * tar.SECOND
                     sink.write(tar.header(entry))
@@ -360,7 +360,7 @@ def pack(tree: str, out_path: str | None = None, clamp: int | None = None) -> di
             sink.close()
 
 
-def _entries(
+def entries(
     path: bytes,
     at: int,
     name: bytes,
@@ -434,7 +434,8 @@ def _read_xattrs(entry: tar.Entry, fd: int, aside: Owners | None) -> bool:
     return opaque
 
 
-def _read_owners(tree: str) -> Owners:
+def read_owners(tree: str) -> Owners:
+    """What stands beside a tree of the owners that its files could not be given. Raises Corrupt."""
     try:
         with open(owners_file(tree)) as file:
             found: Owners = json.load(file)
