@@ -75,7 +75,7 @@ def stage(base: Path) -> Iterator[Scene]:
     bench = Workbench()
     try:
         say("image: recipe python")
-        _, image = bench.build(str(TOP / "recipes" / "python"), progress=lambda line: say(f"  {line}"))
+        image = bench.build(str(TOP / "recipes" / "python"), refresh=True, progress=lambda line: say(f"  {line}")).image
         work, tree = base / "work", base / "tree"
         for path in (work, tree):
             path.mkdir()

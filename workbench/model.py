@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Network = Literal["none", "outbound", "host"]
+#: From the one that reaches least.
 NETWORKS: tuple[Network, ...] = ("none", "outbound", "host")
 
 
@@ -137,20 +138,25 @@ class Mount:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """How an image's kernel is started; ``{connection_file}`` in argv is replaced at launch."""
+    """How an image's kernel is started; ``{connection_file}`` in argv is replaced at launch.
+
+    transport: "tcp" for one that cannot speak over Unix sockets.
+    """
 
     argv: tuple[str, ...]
     language: str = "python"
     display_name: str = ""
     interrupt_mode: Literal["signal", "message"] = "signal"
     supported_encryption: tuple[str, ...] = ()
+    transport: Literal["ipc", "tcp"] = "ipc"
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
     """An immutable environment. ``id`` is the sha256 of its OCI config (``sha256:<hex>``).
 
-    diff_ids: lowest layer first, as in the OCI image spec's ``rootfs.diff_ids``.
+    diff_ids: lowest layer first, as in the OCI image spec's ``rootfs.diff_ids``; network: what its containers reach at
+    the most.
     """
 
     id: str
@@ -160,6 +166,7 @@ class Image:
     working_dir: str = "/"
     kernel: Kernel | None = None
     limits: Limits = field(default_factory=Limits)
+    network: Network | None = None
     created: str = ""
     labels: tuple[tuple[str, str], ...] = ()
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from workbench.build.builder import Built, Options
-    from workbench.build.recipe import Recipe
     from workbench.images.refs import Refs
     from workbench.images.store import Store
 
@@ -104,10 +103,10 @@ class Workbench(LoggingConfigurable):
     def build(
         self, recipe: str, *, name: str | None = None, refresh: bool = False, check: bool = False,
         offline: bool = False, vendored: str | None = None, progress: Callable[[str], None] = lambda _line: None,
-    ) -> tuple[str, Built]:  # fmt: skip
+    ) -> Built:  # fmt: skip
         """Build a recipe (a folder, or the name of a shipped one), from its lock where it has one.
 
-        Returns the name that the result got, and the build. name: instead of the recipe's own; refresh: choose
+        name: instead of the recipe's own; refresh: choose
         others for packages of the lock that cannot be had any more; check: build twice and compare; offline: fetch
         nothing; vendored: the folder that ``lock`` filled, by default ``vendor`` beside the recipe.
         Raises InvalidInput, BuildFailed, HostLacks.
@@ -118,16 +117,14 @@ class Workbench(LoggingConfigurable):
         from workbench.build import recipe as recipes
 
         folder = recipes.find(recipe)
-        found = recipes.load(folder)
         options = builder.Options(
             lock=lock.load(folder), refresh=refresh, offline=offline, vendored=_vendored(folder, vendored)
         )
-        name = name or found.name
-        built = self._build(found, options, name, progress)
+        built = self._build(folder, options, name, progress)
         if check:
-            again = self._build(found, but(options, lock=built.lock, fresh=True), "", progress)
+            again = self._build(folder, but(options, lock=built.lock, fresh=True), "", progress)
             built = but(built, differences=[*built.differences, *builder.compare(self.store, built, again)])
-        return name, built
+        return built
 
     def lock(
         self, recipe: str, *, refresh: bool = False, vendor: str | None = None,
@@ -142,20 +139,19 @@ class Workbench(LoggingConfigurable):
         from workbench.build import recipe as recipes
 
         folder = recipes.find(recipe)
-        found = recipes.load(folder)
         old = lock.load(folder) if refresh else None
         options = builder.Options(
             lock=old, refresh=True, anew=not refresh, sums=True, vendor=_path(vendor), vendored=_vendored(folder, None)
         )
-        built = self._build(found, options, found.name, progress)
+        built = self._build(folder, options, None, progress)
         return str(lock.save(built.lock, folder)), built
 
-    def _build(self, found: Recipe, options: Options, name: str, progress: Callable[[str], None]) -> Built:
+    def _build(self, folder: Path, options: Options, name: str | None, progress: Callable[[str], None]) -> Built:
         from workbench.build import builder
 
         return builder.build(
-            found, store=self.store, refs=self.refs, containers=self.containers,
-            settings=self.settings(found.base.suite), progress=progress, name=name, options=options,
+            folder, store=self.store, refs=self.refs, containers=self.containers,
+            settings=lambda suite: self.settings(suite or None), progress=progress, name=name, options=options,
         )  # fmt: skip
 
     def image(self, text: str) -> Image:
@@ -210,18 +206,21 @@ class Workbench(LoggingConfigurable):
     def create(
         self, image: str, *, argv: Sequence[str] | None = None, cwd: str | None, env: Mapping[str, str] | None = None,
         terminal: bool = False, mounts: Sequence[Mount] = (), limits: Limits | None = None,
-        network: Network | None = None, labels: Mapping[str, str] | None = None,
+        network: Network | None = None, forwards: Sequence[tuple[str, int]] = (),
+        labels: Mapping[str, str] | None = None,
     ) -> Container:  # fmt: skip
         """Lay a container out; ``start`` of the result starts it.
 
         image: name or ID. argv: instead of the image's kernel or command. cwd: the host's folder to work in,
-        mounted at the same path; None for none. limits: narrow what configuration and image say.
+        mounted at the same path; None for none. limits: narrow what configuration and image say. forwards: see
+        ``ContainerSpec``.
         Raises NotFound, InvalidInput, HostLacks.
         """
         image_id = self.refs.resolve(image)
         with self.store.lease(image_id):
             found = self.store.image(image_id)
             wanted = self._spec(found, argv, cwd, env or {}, terminal, mounts, limits, network)
+            wanted = replace(wanted, forwards=tuple(forwards))
             return self.containers.create(wanted, image=image_id, labels={"image": image, **(labels or {})})
 
     def _spec(
@@ -234,7 +233,8 @@ class Workbench(LoggingConfigurable):
         hidden, fixed = spec.guard(shown, homes=_homes(), private=self._private(), programs=_programs())
         suite = dict(image.labels).get(SUITE_LABEL)
         settings = self.settings(suite)
-        chosen: Network = network or self.network
+        granted = network or self.network
+        chosen: Network = min(granted, image.network or granted, key=NETWORKS.index)
         container_id = new_id()
         return spec.ContainerSpec(
             id=container_id,

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import BASE, RECIPE
-from workbench.build import builder, lock, recipe
+from workbench.build import builder, lock
 from workbench.build.cache import Cache
 from workbench.containers.container import Containers
 from workbench.containers.host_settings import APT_SOURCES, apt_sources, discover
@@ -50,10 +50,9 @@ class Bench:
 
     def make(self, folder: str, settings: Settings | None = None, **options) -> builder.Built:
         self.lines.clear()
-        found = recipe.load(folder)
         return builder.build(
-            found, store=self.store, refs=self.refs, containers=self.containers, progress=self.lines.append,
-            settings=settings or discover(suite=found.base.suite), options=builder.Options(**options),
+            Path(folder), store=self.store, refs=self.refs, containers=self.containers, progress=self.lines.append,
+            settings=lambda suite: settings or discover(suite=suite or None), options=builder.Options(**options),
         )  # fmt: skip
 
     def build(self, folder: str, settings: Settings | None = None, **options):

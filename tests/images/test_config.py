@@ -29,7 +29,7 @@ def test_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
             "Env": ["PATH=/bin", "A=x=y"],
             "Labels": {
                 "org.jupyter.workbench.kernel": '{"argv":["/bin/k","{connection_file}"],"display_name":"",'
-                '"interrupt_mode":"signal","language":"python","supported_encryption":[]}',
+                '"interrupt_mode":"signal","language":"python","supported_encryption":[],"transport":"ipc"}',
                 "org.jupyter.workbench.limits": '{"cpus":null,"memory":5,"processes":null}',
             },
             "WorkingDir": "/",

@@ -8,135 +8,109 @@ the cache knows of it; the ref comes last.
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import shutil
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from workbench.build import debian, plan
 from workbench.build import lock as locks
+from workbench.build import recipe as recipes
 from workbench.build.cache import Cache
-from workbench.build.debian import Apt, Base
 from workbench.build.fetch import Fetcher, Unavailable
-from workbench.build.lock import Lock, StepLock
-from workbench.build.news import Log, Progress, explain
+from workbench.build.lock import StepLock
+from workbench.build.news import Progress, explain
+from workbench.build.plan import Built, Options, compare
 from workbench.build.recipe import Recipe
-from workbench.build.steps import Run, Step, StepFailed, asks_key, image_environment, key, step_environment
-from workbench.build.wheels import Python
-from workbench.containers import spec
-from workbench.containers.container import Containers, new_id
-from workbench.containers.host_settings import apt_sources
+from workbench.build.site import Workplace
+from workbench.build.steps import Step, StepFailed, asks_key, image_environment, key
+from workbench.containers.container import Containers
 from workbench.images import config
 from workbench.images.refs import Refs
 from workbench.images.store import Lease, Store
 from workbench.linux import userns
-from workbench.model import BuildFailed, HostLacks, Image, InvalidInput, Kernel, Limits, Mount, Settings, format_size
+from workbench.model import (
+    NETWORKS,
+    BuildFailed,
+    HostLacks,
+    Image,
+    InvalidInput,
+    Kernel,
+    Limits,
+    Network,
+    Settings,
+    format_size,
+)
+
+__all__ = ["SUITE_LABEL", "Built", "Options", "build", "compare"]
 
 SUITE_LABEL = "org.jupyter.workbench.suite"
+PRELOAD_LABEL = "org.jupyter.workbench.preload"
 #: What a build needs at the least: a base and its archive side by side, in bytes.
 ROOM = 1 << 30
 #: Never part of a recipe's layer, whatever a step leaves there (folders themselves stay).
 EXCLUDE = ["tmp/", "run/", "var/tmp/", "root/.cache", "etc/resolv.conf", "etc/hostname", "etc/hosts"]
 
-
-@dataclass(frozen=True)
-class Options:
-    """How to build. lock: what the recipe's lock says; refresh: choose anew what of it cannot be had any more.
-
-    anew: choose versions anew, even where they were chosen before; fresh: take nothing from the cache and leave
-    nothing there; vendored: a folder with files of the lock; offline: fetch nothing; sums: sum the layers up for a
-    lock; vendor: a folder to put all files into; epoch: seconds since 1970 that times are clamped to where no lock
-    says it, by default the archive's own.
-    """
-
-    lock: Lock | None = None
-    refresh: bool = False
-    anew: bool = False
-    fresh: bool = False
-    sums: bool = False
-    vendor: Path | None = None
-    vendored: Path | None = None
-    offline: bool = False
-    epoch: int | None = None
-
-
-@dataclass(frozen=True)
-class Built:
-    """A finished build. lock: what it took and gave; renewed: what was chosen in place of what cannot be had.
-
-    name: the image's, or empty; locked: whether the recipe had a lock; differences: one line for each step whose
-    layer is not the one of its lock.
-    """
-
-    name: str
-    image: Image
-    lock: Lock
-    locked: bool
-    differences: list[str] = field(default_factory=list)
-    renewed: list[str] = field(default_factory=list)
+_PLAIN = Options()
 
 
 def build(
-    recipe: Recipe, *, store: Store, refs: Refs, containers: Containers, settings: Settings,
-    progress: Progress, name: str | None = None, options: Options = Options(),
+    folder: Path, *, store: Store, refs: Refs, containers: Containers, settings: Callable[[str], Settings],
+    progress: Progress, name: str | None = None, options: Options = _PLAIN,
 ) -> Built:  # fmt: skip
-    """Build a recipe and point ``name`` (default: the recipe's own; empty for none) at the image.
+    """Build the recipe of a folder and point ``name`` (default: the recipe's own; empty for none) at the image.
 
-    settings: what the host offers to the steps; none of it stays in a layer. progress: gets lines; those
-    that begin with two spaces are passing news. Raises BuildFailed for a step that ends badly (what was built
-    before it stays cached), HostLacks, LaunchFailed, InvalidInput for a lock of another recipe. Ctrl-C ends the
-    running step and leaves nothing of it.
+    settings: by Debian suite (empty for none known): what the host offers to the steps; none of it stays in a
+    layer. progress: gets lines; those that begin with two spaces are passing news. Raises BuildFailed for a step
+    that ends badly (what was built before it stays cached), HostLacks, LaunchFailed, InvalidInput for a lock of
+    another recipe. Ctrl-C ends the running step and leaves nothing of it.
     """
+    recipe = recipes.load(folder)
     _room(store)
+
+    def below(path: Path) -> Image:
+        """The image of a recipe that this one stands on, by its own lock."""
+        progress(f"base: the recipe {path}")
+        own = replace(
+            options, lock=locks.load(path), vendor=None, sums=False, epoch=options.epoch,
+            vendored=path / "vendor" if (path / "vendor").is_dir() else options.vendored,
+        )  # fmt: skip
+        return build(
+            path, store=store, refs=refs, containers=containers, settings=settings, progress=progress, name="",
+            options=own,
+        ).image  # fmt: skip
+
     with store.lease() as held, ExitStack() as stack:
         cache = Cache(store.home)
         cache.prune(store.has_layer)
         downloads = stack.enter_context(cache.downloads())
+        base = plan.below(recipe, folder, options, store, refs, below)
+        suite = recipe.base.suite or (dict(base[1].labels).get(SUITE_LABEL, "") if base else "")
+        offered = settings(suite)
         fetcher = Fetcher(
-            downloads / "sha256", stack.enter_context(store.staging()), settings, progress,
+            downloads / "sha256", stack.enter_context(store.staging()), offered, progress,
             vendored=options.vendored, offline=options.offline,
         )  # fmt: skip
         stack.callback(fetcher.close)
-        work = _Build(recipe, options, store, containers, settings, progress, held, cache, fetcher, downloads / "uv")
+        work = _Build(
+            recipe, folder, suite, options, store, containers, offered, progress, held, cache, fetcher, downloads / "uv"
+        )
+        if base:
+            held.add(base[1].id)
+            work.stand_on(*base)
         built = work.all()
         if name != "":
             built = replace(built, name=name or recipe.name)
             refs.set(built.name, built.image.id)
     return built
-
-
-def compare(store: Store, one: Built, other: Built) -> list[str]:
-    """A line for each step that did not give the same layer twice, with the paths that differ."""
-    lines = []
-    for first, second in zip(one.lock.steps, other.lock.steps, strict=True):
-        if first.diff_id != second.diff_id:
-            trees = [str(store.layer(step.diff_id)) for step in (first, second)]
-            paths = userns.call("workbench.images.sums:differing", *trees)
-            lines.append(f"step {first.name} gives another layer each time, in {', '.join(paths)}")
-    return lines
-
-
-def steps_of(recipe: Recipe) -> list[Step]:
-    """The steps of a recipe, in order."""
-    steps: list[Step] = [Base(recipe)]
-    packages = list(recipe.apt.packages)
-    if recipe.python.packages and "python3" not in packages:
-        packages.append("python3")
-    if packages:
-        steps.append(Apt(packages))
-    if recipe.python.packages:
-        steps.append(Python(recipe.python.packages))
-    return steps
 
 
 def _room(store: Store) -> None:
@@ -146,27 +120,41 @@ def _room(store: Store) -> None:
         raise HostLacks("build an image", obstacle, "free some or set WORKBENCH_HOME to another disk")
 
 
-class _Build:
-    """One run through the steps of a recipe; the ``Site`` of each."""
+class _Build(Workplace):
+    """One run through the steps of a recipe."""
 
     def __init__(
-        self, recipe: Recipe, options: Options, store: Store, containers: Containers, settings: Settings,
-        progress: Progress, held: Lease, cache: Cache, fetcher: Fetcher, uv_cache: Path,
+        self, recipe: Recipe, folder: Path, suite: str, options: Options, store: Store, containers: Containers,
+        settings: Settings, progress: Progress, held: Lease, cache: Cache, fetcher: Fetcher, uv_cache: Path,
     ) -> None:  # fmt: skip
-        self.recipe, self.options, self.store, self.containers = recipe, options, store, containers
-        self.settings, self.progress, self.held = settings, progress, held
-        self.cache, self.fetcher, self.uv_cache = cache, fetcher, uv_cache
-        self.suite = recipe.base.suite
-        self.steps = steps_of(recipe)
+        super().__init__(suite, settings, fetcher, uv_cache, store=store, containers=containers, progress=progress)
+        self.below: Image | None = None
+        self.recipe, self.folder, self.options, self.store = recipe, folder, options, store
+        self.progress, self.held, self.cache = progress, held, cache
+        self.steps: list[Step] = []
         self.expected = {step.name: step for step in options.lock.steps} if options.lock else {}
         self.epoch = options.lock.epoch if options.lock else options.epoch or 0
-        self.layers: list[str] = []
         self.history: list[dict[str, Any]] = []
         self.locked: list[StepLock] = []
         self.renewed: list[str] = []
-        self.staging = Path()
+
+    def stand_on(self, locked: StepLock, image: Image) -> None:
+        """Begin with another image's layers."""
+        self.below = image
+        self.layers += image.diff_ids
+        self.history += self.store.history(image.id)
+        self.locked.append(locked)
+        if not self.epoch:  # what stands on the same image with the same packages is the same, whenever it is built
+            self.epoch = int(datetime.fromisoformat(image.created.replace("Z", "+00:00")).timestamp())
 
     def all(self) -> Built:
+        has_python = self.newest("usr/bin/python3") is not None
+        self.steps = plan.steps_of(self.recipe, self.folder, has_python)
+        if not self.suite and any(step.name == "apt" for step in self.steps):
+            raise InvalidInput(
+                f"build {self.recipe.name}", "its base has no Python, or is of no Debian suite known here",
+                "leave [apt] out, or take another base",
+            )  # fmt: skip
         self._match()
         for step in self.steps:
             self.locked.append(self._step(step))
@@ -180,6 +168,9 @@ class _Build:
     def _differences(self) -> Iterator[str]:
         for locked in self.locked:
             known = self.expected.get(locked.name)
+            if known is not None and known.image != locked.image:
+                yield f"step {locked.name} stands on image {locked.image[7:19]}, the lock on {known.image[7:19]}"
+                continue
             if known is None or known.diff_id in ("", locked.diff_id):
                 continue
             tree = str(self.store.layer(locked.diff_id))
@@ -190,7 +181,9 @@ class _Build:
     def _vendor(self, folder: Path) -> None:
         """All files of the lock, under their own names."""
         folder.mkdir(parents=True, exist_ok=True)
-        for step, locked in zip(self.steps, self.locked, strict=True):
+        by_name = {locked.name: locked for locked in self.locked}
+        for step in self.steps:
+            locked = by_name[step.name]
             files = step.files(locked, self, every=True)
             taken = self.fetcher.take(files)
             for file in files:
@@ -202,7 +195,9 @@ class _Build:
         if lock is None:
             return
         other = [step.name for step in self.steps if not self._covers(step)]
-        other += sorted(set(self.expected) - {step.name for step in self.steps})
+        if self.locked and ((known := self.expected.get("base")) is None or known.asks != self.locked[0].asks):
+            other.append("base")
+        other += sorted(set(self.expected) - {step.name for step in self.steps} - {"base"})
         if lock.machine != platform.machine():
             other = [f"all of them, it is for {lock.machine}"]
         if other and not self.options.refresh:
@@ -242,7 +237,7 @@ class _Build:
         known = self._hit(by_files)
         if known is None and expected and self.options.refresh and (known := self._hit(wish)):
             locked = msgspec.convert(known["lock"], StepLock)
-            self.renewed += _changes(expected, locked)
+            self.renewed += plan.changes(expected, locked)
             self.expected.pop(step.name)
         if known is None:
             waiting = f"{step.name}: waiting for another build of the same step"
@@ -291,7 +286,9 @@ class _Build:
                 "write one with `jupyter workbench lock`, or build without --offline",
             )  # fmt: skip
         if not self.epoch:
-            self.epoch = archive_time(self.suite, self.settings)
+            self.epoch = (
+                debian.archive_time(self.suite, self.settings) if self.suite else int(time.time()) // 86400 * 86400
+            )
         self.progress(f"  {step.name}: choosing versions")
         return step.resolve(self, old)
 
@@ -300,9 +297,9 @@ class _Build:
         self.progress(f"{step.name}: {step.title}")
         self._fetch_ahead(step, locked)
         locked, taken = self._take(step, locked)
-        tree = self._run_all(step, step.runs(locked, taken, self), "container")
+        tree = self.run_all(step, step.runs(locked, taken, self), "container")
         self.progress(f"  {step.name}: keeping the layer")
-        userns.call("workbench.images.layer:normalise", str(tree), self._lowers(), self.epoch, EXCLUDE)
+        userns.call("workbench.images.layer:normalise", str(tree), self.lowers(), self.epoch, EXCLUDE)
         diff_id = self.store.add_tree(tree)
         locked = msgspec.structs.replace(locked, diff_id=diff_id, sums={})
         known = {"diff_id": diff_id, "epoch": self.epoch, "step": step.name, "lock": msgspec.to_builtins(locked)}
@@ -336,66 +333,9 @@ class _Build:
                 ) from None
             self.progress(f"{step.name}: {more + 1} of its files cannot be had any more, choosing others")
         again = self._resolve(step, locked)
-        self.renewed += _changes(locked, again)
+        self.renewed += plan.changes(locked, again)
         self.expected.pop(step.name, None)
         return again, self.fetcher.take(step.files(again, self))
-
-    # What a step works with
-
-    def scratch(self) -> Path:
-        number = len(os.listdir(self.staging))
-        folder = self.staging / f"scratch{number}"
-        folder.mkdir()
-        folder.chmod(0o755)
-        return folder
-
-    def newest(self, pattern: str) -> Path | None:
-        for layer in reversed(self.layers):
-            for path in Path(self.store.layer(layer)).glob(pattern):
-                return path
-        return None
-
-    def try_out(self, step: Step, runs: Sequence[Run]) -> None:
-        self._run_all(step, runs, f"try{len(os.listdir(self.staging))}")
-
-    def _lowers(self) -> list[str]:
-        return [str(self.store.layer(diff_id)) for diff_id in reversed(self.layers)]
-
-    def _run_all(self, step: Step, runs: Sequence[Run], where: str) -> Path:
-        """Run a step's containers one after the other over one writable layer; the tree that becomes the layer."""
-        folder = self.staging / where
-        path = self.staging / f"{where}.log"
-        with Log(str(path), step.name, self.progress) as log:
-            null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                for run in runs:
-                    end = self.containers.run(self._spec(run), str(folder), (null, log.writing, log.writing))
-                    if end.code:
-                        break
-            finally:
-                os.close(null)
-        if end.code:
-            raise StepFailed(end, list(log.text), path)
-        return Path(runs[0].tree) if runs and runs[0].tree else folder / "writable" / "upper"
-
-    def _spec(self, run: Run) -> spec.ContainerSpec:
-        # Only what reaches out is told how: nothing of the host can stay in what does not know it.
-        settings = self.settings if run.network != "none" else Settings()
-        offered = [Mount(source, target, read_only=True) for source, target in settings.files]
-        explicit = step_environment(self.epoch) | run.env
-        return spec.ContainerSpec(
-            id=new_id(),
-            argv=run.argv,
-            env=spec.environment((), settings, explicit),
-            cwd="/",
-            layers=() if run.bootstrap else tuple(self._lowers()),
-            hostname="build",  # the same everywhere: some packages write it down
-            mounts=(*(replace(mount, source=os.path.realpath(mount.source)) for mount in run.mounts), *offered),
-            texts=settings.texts,
-            limits=Limits(processes=spec.DEFAULT_PROCESSES),
-            network=run.network,
-            profile="bootstrap" if run.bootstrap else "default",
-        )
 
     def _told(self, step: Step, failed: StepFailed) -> BuildFailed:
         """Show the end of a failed step's log and keep all of it; the error in one line."""
@@ -404,7 +344,7 @@ class _Build:
             shutil.move(failed.log, kept)
         for line in failed.lines[-15:]:
             self.progress(f"  | {line}")
-        obstacle, remedy = explain(failed.lines, self.suite)
+        obstacle, remedy = explain(failed.lines, self.suite or "of this base")
         end = failed.end
         if end.limit or end.code > 128:
             obstacle = end.reason or f"it was killed by signal {end.code - 128}"
@@ -417,22 +357,28 @@ class _Build:
 
     def _finish(self) -> Image:
         """Write the config: the image is there once this returns."""
-        recipe = self.recipe
+        recipe, below = self.recipe, self.below
+        env = (dict(below.env) if below else {}) | image_environment(recipe, bool(below))
+        labels = {SUITE_LABEL: self.suite} if self.suite else {}
+        if recipe.preload:
+            labels[PRELOAD_LABEL] = " ".join(recipe.preload)
         data = config.encode(
             diff_ids=self.layers,
-            env=image_environment(recipe),
-            cmd=("/bin/bash",),
+            env=env,
+            cmd=below.cmd if below and below.cmd else ("/bin/bash",),
+            working_dir=below.working_dir if below else "/",
             kernel=self._kernel(),
-            limits=recipe.limit_values(),
+            limits=recipe.limit_values().stricter(below.limits if below else Limits()),
+            network=_narrower(recipe.network, below.network if below else None),
             created=datetime.fromtimestamp(self.epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            labels={SUITE_LABEL: self.suite},
+            labels=labels,
             history=self.history,
         )
         return self.store.add_image(data)
 
     def _kernel(self) -> Kernel | None:
-        kernel = self.recipe.kernel_spec()
-        if kernel is None or (self.recipe.kernel and self.recipe.kernel.argv):
+        kernel = self.recipe.kernel_spec(self.below.kernel if self.below else None)
+        if kernel is None or (self.recipe.kernel and self.recipe.kernel.argv) or kernel.argv != recipes.IPYKERNEL_ARGV:
             return kernel
         # Spoken from 7.3 on; a client that asks for it otherwise is refused, not served in clear.
         found = self.newest("opt/venv/lib/python3*/site-packages/ipykernel-*.dist-info")
@@ -440,30 +386,6 @@ class _Build:
         return replace(kernel, supported_encryption=("curve",) if version >= [7, 3] else ())
 
 
-def _changes(old: StepLock, new: StepLock) -> list[str]:
-    """What another choice changed, as lines for people."""
-    before = {entry.name: entry.version for entry in old.packages}
-    after = {entry.name: entry.version for entry in new.packages}
-    return [
-        f"{name} {before.get(name, 'new')} -> {after.get(name, 'gone')}"
-        for name in sorted(before | after)
-        if before.get(name) != after.get(name)
-    ]
-
-
-def archive_time(suite: str, settings: Settings) -> int:
-    """When the suite's archives were last written, in seconds since 1970: the newest Date of their InRelease.
-
-    Times in layers are clamped to it and the image gives it as its own. Today's midnight where none answers;
-    what then hinders the build is told by apt.
-    """
-    dates = []
-    for line in apt_sources(suite, dict(settings.mirrors)).splitlines():
-        _, address, dist, *_ = line.split()
-        with suppress(OSError, ValueError, TypeError):
-            request = urllib.request.urlopen(f"{address}/dists/{dist}/InRelease", timeout=10)
-            with request as answer:
-                found = re.search(rb"^Date: (.+)$", answer.read(4096), re.MULTILINE)
-            if found:
-                dates.append(int(parsedate_to_datetime(found[1].decode()).timestamp()))
-    return max(dates, default=int(time.time()) // 86400 * 86400)
+def _narrower(*wanted: Network | None) -> Network | None:
+    """The one of these that reaches least; None when nobody says anything."""
+    return min((each for each in wanted if each is not None), key=NETWORKS.index, default=None)

@@ -14,7 +14,11 @@ import os
 import re
 import subprocess
 import tarfile
+import time
+import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -23,7 +27,6 @@ from msgspec.structs import replace
 
 from workbench.build.fetch import File
 from workbench.build.lock import Deb, StepLock
-from workbench.build.recipe import Recipe
 from workbench.build.steps import IN, OUT, Run, Site, count, hand_over
 from workbench.containers.host_settings import DEBIAN, SECURITY, apt_sources
 from workbench.model import BuildFailed, Corrupt, HostLacks, Mount, Settings
@@ -154,9 +157,9 @@ class Base:
 
     name = "base"
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.asks: dict[str, Any] = {"suite": recipe.base.suite}
-        self.title = f"Debian {recipe.base.suite} by mmdebstrap"
+    def __init__(self, suite: str) -> None:
+        self.asks: dict[str, Any] = {"suite": suite}
+        self.title = f"Debian {suite} by mmdebstrap"
 
     def marks(self) -> dict[str, Any]:
         return {
@@ -353,3 +356,21 @@ def mmdebstrap_version() -> str:
         raise HostLacks("build a base", "mmdebstrap is not installed", "run `sudo apt-get install mmdebstrap`")
     done = subprocess.run(["/usr/bin/mmdebstrap", "--version"], capture_output=True, text=True, check=False)
     return " ".join(done.stdout.split()[:2])
+
+
+def archive_time(suite: str, settings: Settings) -> int:
+    """When the suite's archives were last written, in seconds since 1970: the newest Date of their InRelease.
+
+    Times in layers are clamped to it and the image gives it as its own. Today's midnight where none answers;
+    what then hinders the build is told by apt.
+    """
+    dates = []
+    for line in apt_sources(suite, dict(settings.mirrors)).splitlines():
+        _, address, dist, *_ = line.split()
+        with suppress(OSError, ValueError, TypeError):
+            request = urllib.request.urlopen(f"{address}/dists/{dist}/InRelease", timeout=10)
+            with request as answer:
+                found = re.search(rb"^Date: (.+)$", answer.read(4096), re.MULTILINE)
+            if found:
+                dates.append(int(parsedate_to_datetime(found[1].decode()).timestamp()))
+    return max(dates, default=int(time.time()) // 86400 * 86400)

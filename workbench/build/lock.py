@@ -79,6 +79,8 @@ class StepLock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     diff_id: Annotated[str, msgspec.Meta(pattern=_DIFF_ID)] = ""
     debian: tuple[Deb, ...] = ()
     wheels: tuple[Wheel, ...] = ()
+    #: The image that all stands on, where it is no Debian suite.
+    image: Annotated[str, msgspec.Meta(pattern=_DIFF_ID)] = ""
     #: The program itself, where it comes as a wheel.
     tool: Wheel | None = None
     #: What the layer holds, in short: path -> beginning of a digest, to tell where another one differs.
@@ -183,6 +185,8 @@ def _lines(lock: Lock) -> Iterator[str]:
         yield f"asks = {_value(step.asks)}"
         if step.builder:
             yield f"builder = {_value(step.builder)}"
+        if step.image:
+            yield f"image = {_value(step.image)}"
         if step.diff_id:
             yield f"diff_id = {_value(step.diff_id)}"
         if step.tool:

@@ -6,6 +6,7 @@ one line that names the file and the key; nothing is guessed and nothing is igno
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
@@ -20,8 +21,8 @@ from workbench.model import InvalidInput, Kernel, Limits, NotFound, parse_size
 
 FILE = "recipe.toml"
 
-#: Debian suites whose default sources and keys are known; the first is the default of the documentation.
-SUITES = ("bookworm", "trixie")
+#: Debian suites whose default sources and keys are known, with the Python that each brings.
+SUITES = {"bookworm": "3.11", "trixie": "3.13"}
 
 _NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*(?:/[a-z0-9]+(?:[._-][a-z0-9]+)*)*")
 # Debian policy 5.6.1, with the two ways apt-get has to choose a version: name=version, name/suite.
@@ -32,9 +33,16 @@ IPYKERNEL_ARGV = ("/opt/venv/bin/python", "-m", "ipykernel_launcher", "-f", "{co
 
 
 class Base(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``[base]``: what the image stands on."""
+    """``[base]``: what the image stands on: just one of these.
 
-    suite: str
+    suite: a Debian suite; recipe: another recipe's folder, or the name of a shipped one; image: one that is here,
+    by name or ID; archive: an OCI archive. Folders and files are seen from the recipe's own folder.
+    """
+
+    suite: str | None = None
+    recipe: str | None = None
+    image: str | None = None
+    archive: str | None = None
 
 
 class Apt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,18 +52,41 @@ class Apt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Python(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``[python]``: Python packages, installed by uv into ``/opt/venv``."""
+    """``[python]``: Python packages, installed by uv into ``/opt/venv``.
+
+    packages: PEP 508 requirements; requirements: a requirements.txt; pylock: a pylock.toml (PEP 751); project: a
+    folder with pyproject.toml and uv.lock; version: the Python that is expected, like "3.11".
+    """
 
     packages: tuple[str, ...] = ()
+    requirements: str | None = None
+    pylock: str | None = None
+    project: str | None = None
+    version: str | None = None
+
+
+class RunTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``[[run]]``: a shell script of your own, after everything else. network: whether it reaches out.
+
+    What it fetches then is covered by no lock.
+    """
+
+    script: str
+    network: bool = False
 
 
 class KernelTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``[kernel]``: how the image's kernel is started; the default is ipykernel."""
+    """``[kernel]``: how the image's kernel is started; the default is ipykernel. logo: an SVG or PNG beside the recipe.
+
+    transport: "tcp" for a kernel that cannot speak over Unix sockets, which is relayed.
+    """
 
     argv: tuple[str, ...] = ()
     language: str = "python"
     display_name: str = ""
     interrupt_mode: Literal["signal", "message"] | None = None
+    transport: Literal["ipc", "tcp"] = "ipc"
+    logo: str | None = None
 
 
 class LimitsTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,25 +98,42 @@ class LimitsTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole of a ``recipe.toml``."""
+    """The whole of a ``recipe.toml``.
+
+    files: path in the image -> file or folder beside the recipe; network: what containers of the image reach at the
+    most; mounts: host folders that they see, each as SOURCE[:TARGET][:ro]; preload: modules to import ahead where
+    kernels are started warm.
+    """
 
     name: str
     base: Base
     description: str = ""
     apt: Apt = Apt()
     python: Python = Python()
+    files: dict[str, str] = {}
+    run: tuple[RunTable, ...] = ()
     env: dict[str, str] = {}
     kernel: KernelTable | None = None
     limits: LimitsTable = LimitsTable()
+    network: Literal["none", "outbound", "host"] | None = None
+    mounts: tuple[str, ...] = ()
+    preload: tuple[str, ...] = ()
 
     @property
     def has_ipykernel(self) -> bool:
         """Whether the Python packages name ipykernel."""
         return any(requirement_name(text) == "ipykernel" for text in self.python.packages)
 
-    def kernel_spec(self) -> Kernel | None:
-        """The image's kernel without what only the built image tells, or None for an image without one."""
+    def kernel_spec(self, below: Kernel | None = None) -> Kernel | None:
+        """The image's kernel without what only the built image tells, or None for an image without one.
+
+        below: that of the image it stands on, which goes on where this recipe says nothing of its own.
+        """
         table = self.kernel or KernelTable()
+        if not table.argv and not self.has_ipykernel and below is not None:
+            name = self.kernel.display_name if self.kernel else ""
+            language = below.language.capitalize()
+            return dataclasses.replace(below, display_name=name or f"{language} ({self.name})")
         if self.kernel is None and not self.has_ipykernel:
             return None
         ours = not table.argv
@@ -95,6 +143,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             display_name=table.display_name or f"{table.language.capitalize()} ({self.name})",
             # ipykernel answers interrupt_request; a client's doubled SIGINT then cannot hit twice.
             interrupt_mode=table.interrupt_mode or ("message" if ours else "signal"),
+            transport=table.transport,
         )
 
     def limit_values(self) -> Limits:
@@ -117,13 +166,19 @@ def requirement_name(text: str) -> str:
 def load(folder: str | Path) -> Recipe:
     """Read and check the recipe in a folder, or of a ``recipe.toml`` that is named itself.
 
-    Raises NotFound for a folder or file that is not there and InvalidInput for everything that it says wrong.
+    What it takes from files beside it (requirements, a project's lock) is read as well and stands in
+    ``python.packages`` then. A folder in the form of repo2docker is read as that. Raises NotFound for a folder or
+    file that is not there and InvalidInput for everything that it says wrong.
     """
+    from workbench.build import pins, repo2docker
+
     path = Path(folder)
     if path.name != FILE or path.is_dir():
         if not path.is_dir():
             obstacle = "is not a folder" if path.exists() else "there is no such folder"
             raise NotFound("read a recipe", f"{path}: {obstacle}", f"give the folder that holds a {FILE}")
+        if not (path / FILE).exists() and repo2docker.is_one(path):
+            return repo2docker.load(path)
         path = path / FILE
     try:
         text = path.read_bytes().decode()
@@ -133,13 +188,18 @@ def load(folder: str | Path) -> Recipe:
         raise InvalidInput("read a recipe", f"{path}: not UTF-8 at byte {error.start}") from None
     except OSError as error:
         raise InvalidInput("read a recipe", f"{path}: {error.strerror}") from None
-    return parse(text, str(path))
+    found = parse(text, str(path))
+    packages = pins.gather(found.python, path)
+    if packages != found.python.packages:
+        found = msgspec.structs.replace(found, python=msgspec.structs.replace(found.python, packages=packages))
+        _Check(str(path)).values(found)
+    return found
 
 
-def parse(text: str, where: str = FILE) -> Recipe:
-    """A recipe from the text of its file; ``where`` is named in errors. Raises InvalidInput."""
+def parse(content: str | dict[str, Any], where: str = FILE) -> Recipe:
+    """A recipe from the text of its file or its plain values; ``where`` is named in errors. Raises InvalidInput."""
     try:
-        data = tomllib.loads(text)
+        data = tomllib.loads(content) if isinstance(content, str) else content
     except tomllib.TOMLDecodeError as error:
         raise InvalidInput("read a recipe", f"{where}: {error}", "see https://toml.io") from None
     check = _Check(where)
@@ -191,6 +251,9 @@ class _Check:
             table = tables[key]
             if table is not None and isinstance(value, dict):
                 self._unknown(value, table, f"{at}{key}.")
+            for number, entry in enumerate(value if table is not None and isinstance(value, list) else ()):
+                if isinstance(entry, dict):
+                    self._unknown(entry, table, f"{at}{key}[{number}].")  # type: ignore[arg-type]
 
     def shape(self, message: str) -> NoReturn:
         """Msgspec's sentence, with the path in front and its words in TOML's."""
@@ -200,7 +263,7 @@ class _Check:
         missing = re.search(r"missing required field `(\w+)`", said)
         if missing:
             key = f"{key}.{missing[1]}" if key else missing[1]
-            remedy = {"base": f'add [base] with suite = "{SUITES[0]}"'}.get(key, f'add {key} = "…"')
+            remedy = {"base": f'add [base] with suite = "{next(iter(SUITES))}"'}.get(key, f'add {key} = "…"')
             self.fail(key, "missing", remedy)
         if key == "kernel.interrupt_mode" and "enum" in said:
             self.fail(key, said.replace("enum ", "").lower(), 'write "signal" or "message"')
@@ -211,10 +274,7 @@ class _Check:
     def values(self, recipe: Recipe) -> None:
         if not _NAME.fullmatch(recipe.name):
             self.fail("name", f"{recipe.name!r} is no image name", "use a-z, 0-9 and single . _ - between them")
-        if recipe.base.suite not in SUITES:
-            near = difflib.get_close_matches(recipe.base.suite, SUITES, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(SUITES)}"
-            self.fail("base.suite", f"{recipe.base.suite!r} is no Debian suite known here", hint)
+        self._base(recipe.base)
         for index, package in enumerate(recipe.apt.packages):
             if not _APT.fullmatch(package):
                 remedy = "one package to a string, as apt-get install takes it"
@@ -226,8 +286,52 @@ class _Check:
                 self.fail(f"env.{name}", "is no name of an environment variable", "use A-Z, 0-9 and _")
             if "\0" in value:
                 self.fail(f"env.{name}", "holds a null character")
+        self._python(recipe)
+        self._own(recipe)
         self._kernel(recipe)
         self._limits(recipe)
+
+    def _base(self, base: Base) -> None:
+        given = {name: value for name, value in msgspec.structs.asdict(base).items() if value is not None}
+        if len(given) != 1:
+            obstacle = f"{' and '.join(given)} are given" if given else "says nothing"
+            self.fail("base", obstacle, 'give one of them, like suite = "bookworm"')
+        if base.suite is not None and base.suite not in SUITES:
+            near = difflib.get_close_matches(base.suite, SUITES, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(SUITES)}"
+            self.fail("base.suite", f"{base.suite!r} is no Debian suite known here", hint)
+
+    def _python(self, recipe: Recipe) -> None:
+        version, suite = recipe.python.version, recipe.base.suite
+        if version is None:
+            return
+        if not re.fullmatch(r"3\.\d+", version):
+            self.fail("python.version", f"{version!r} is no version of Python", 'write it like "3.11"')
+        if suite is not None and version != SUITES[suite]:
+            others = [other for other, brings in SUITES.items() if brings == version]
+            remedy = f'take base.suite = "{others[0]}"' if others else "leave it out"
+            obstacle = (
+                f"Python {version} cannot be had: Debian {suite} brings {SUITES[suite]}, and no registry has others"
+            )
+            self.fail("python.version", obstacle, remedy)
+
+    def _own(self, recipe: Recipe) -> None:
+        for target, source in recipe.files.items():
+            if not target.startswith("/") or os.path.normpath(target) != target or target == "/":
+                self.fail(f"files.{target!r}", "is no absolute path", 'write it like "/opt/app/main.py"')
+            if target.split("/")[1] in ("proc", "sys", "dev", "run", "tmp"):
+                self.fail(f"files.{target!r}", "lies where no layer holds anything", "name another path")
+            if source.startswith("/") or ".." in source.split("/"):
+                self.fail(f"files.{target!r}", f"{source!r} leads out of the recipe's folder", "put the file beside it")
+        for index, step in enumerate(recipe.run):
+            if not step.script.strip():
+                self.fail(f"run[{index}].script", "is empty")
+        for index, text in enumerate(recipe.mounts):
+            if not text.startswith(("/", "~/")):
+                self.fail(f"mounts[{index}]", f"{text!r} is no absolute path", 'write it like "/data:/data:ro"')
+        for index, name in enumerate(recipe.preload):
+            if not re.fullmatch(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*", name):
+                self.fail(f"preload[{index}]", f"{name!r} is no name of a module")
 
     def _requirement(self, key: str, text: str) -> None:
         from packaging.requirements import InvalidRequirement, Requirement
@@ -245,7 +349,7 @@ class _Check:
         table = recipe.kernel
         if table is None:
             return
-        if not table.argv and not recipe.has_ipykernel:
+        if not table.argv and not recipe.has_ipykernel and recipe.base.suite is not None:
             remedy = 'add "ipykernel" to python.packages or give the kernel\'s own argv'
             self.fail("kernel.argv", "missing, and the recipe installs no ipykernel", remedy)
         if table.argv and not any("{connection_file}" in part for part in table.argv):
@@ -255,6 +359,8 @@ class _Check:
             self.fail("kernel.argv[0]", f"{table.argv[0]!r} is no absolute path", "name it from /")
         if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+#._-]*", table.language):
             self.fail("kernel.language", f"{table.language!r} is no language name")
+        if table.logo is not None and not table.logo.endswith((".svg", ".png")):
+            self.fail("kernel.logo", f"{table.logo!r} is neither SVG nor PNG")
         if any(ord(c) < 32 for c in table.display_name):
             self.fail("kernel.display_name", "holds a control character")
 

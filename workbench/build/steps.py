@@ -125,13 +125,13 @@ def step_environment(epoch: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def image_environment(recipe: Recipe) -> dict[str, str]:
-    """The variables of the finished image, the recipe's last."""
-    env = {"PATH": PATH if recipe.python.packages else PATH.partition(":")[2], "LANG": "C.UTF-8"}
+def image_environment(recipe: Recipe, derived: bool = False) -> dict[str, str]:
+    """What a recipe sets of its image's variables, its own last. derived: another image's are below them."""
+    env = {} if derived else {"PATH": PATH.partition(":")[2], "LANG": "C.UTF-8"}
     # A cell's ! gives apt a terminal that nobody can answer at.
     env["DEBIAN_FRONTEND"] = "noninteractive"
     if recipe.python.packages:
-        env["VIRTUAL_ENV"] = VENV
+        env |= {"PATH": PATH, "VIRTUAL_ENV": VENV}
     return env | recipe.env
 
 

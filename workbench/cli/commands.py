@@ -62,11 +62,11 @@ def _progress() -> tuple[Callable[[str], None], Callable[[], float]]:
 def build(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     """``build FOLDER``."""
     progress, seconds = _progress()
-    name, built = bench.build(
+    built = bench.build(
         options.recipe, name=options.name, refresh=options.refresh, check=options.check, offline=options.offline,
         vendored=options.vendor, progress=progress,
     )  # fmt: skip
-    image = built.image
+    image, name = built.image, built.name
     kernel = str(kernelspecs().write(name, image)) if image.kernel is not None else None
     row = {
         "name": name, "id": image.id, "kernelspec": kernel, "seconds": round(seconds(), 3), "locked": built.locked,

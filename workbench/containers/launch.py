@@ -18,7 +18,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import NoReturn
 
-from workbench.containers import enter, links, network, spec, state
+from workbench.containers import enter, forward, links, network, spec, state
 from workbench.linux import cgroup, mounts, seccomp
 from workbench.linux import syscalls as sc
 from workbench.linux.userns import HostIds
@@ -46,6 +46,7 @@ class Running:
     slot_lock: int = -1
     group: cgroup.Cgroup | None = None
     attachment: network.Attachment | None = None
+    forward: forward.Forward | None = None
     sources: dict[str, int] = field(default_factory=dict)
     contents: dict[str, bytes] = field(default_factory=dict)
 
@@ -87,6 +88,11 @@ class Launcher:
 
     def _start(self, running: Running, run_dir: str, stdio: Sequence[int]) -> None:
         wanted = running.spec
+        if wanted.forwards and wanted.network == "host":
+            raise LaunchFailed(
+                f"start container {wanted.id}", "its kernel speaks TCP, which everybody on the host could reach",
+                "choose network outbound or none",
+            )  # fmt: skip
         if self.ids.kind == "root":
             running.slot, running.slot_lock = take_slot()
         own_network = wanted.network != "host"
@@ -112,6 +118,8 @@ class Launcher:
             if running.group and running.group.kind != "v1":
                 running.group.add(running.pid)
             self._furnish(running, run_dir)
+            if wanted.forwards:
+                running.forward = forward.Forward.start(running.pidfd, run_dir, wanted.forwards)
             with suppress(OSError, ValueError):  # known before the program looks
                 window = fcntl.ioctl(stdio[0], termios.TIOCGWINSZ, bytes(8))
                 fcntl.ioctl(running.terminal, termios.TIOCSWINSZ, window)
@@ -294,6 +302,8 @@ class Launcher:
                 os.kill(running.pid, signal.SIGKILL)
             self._reap_worker(running)  # the end of an init waits for every member of its namespace
             os.waitpid(running.pid, 0)
+        if running.forward:
+            running.forward.stop()
         for fd in (running.pidfd, running.terminal):
             if fd >= 0:
                 os.close(fd)

@@ -46,7 +46,8 @@ Profile = Literal["default", "bootstrap"]
 class ContainerSpec:
     """Everything that a helper needs to know to start a container.
 
-    layers: host folders, highest first; hidden: paths inside that are covered; fixed: paths inside that cannot be
+    layers: host folders, highest first; forwards: names of sockets in the run folder, each with the TCP port on the
+    container's loopback that it stands for; hidden: paths inside that are covered; fixed: paths inside that cannot be
     changed; ``profile`` "bootstrap" is for Debian's own bootstrap tool over no image at all: full rights in its own
     user namespace.
     """
@@ -61,6 +62,7 @@ class ContainerSpec:
     hidden: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     texts: tuple[tuple[str, str], ...] = ()
+    forwards: tuple[tuple[str, int], ...] = ()
     limits: Limits = field(default_factory=Limits)
     network: Network = "outbound"
     terminal: bool = False
@@ -80,6 +82,7 @@ class ContainerSpec:
             fields[name] = tuple(data[name])
         for name in ("env", "texts"):
             fields[name] = tuple((str(k), str(v)) for k, v in data[name])
+        fields["forwards"] = tuple((str(name), int(number)) for name, number in data.get("forwards", ()))
         return ContainerSpec(**fields)
 
     def capabilities(self) -> frozenset[str]:

@@ -14,10 +14,11 @@ from typing import Annotated, Any
 
 import msgspec
 
-from workbench.model import Corrupt, Image, InvalidInput, Kernel, Limits
+from workbench.model import NETWORKS, Corrupt, Image, InvalidInput, Kernel, Limits, Network
 
 KERNEL_LABEL = "org.jupyter.workbench.kernel"
 LIMITS_LABEL = "org.jupyter.workbench.limits"
+NETWORK_LABEL = "org.jupyter.workbench.network"
 
 #: A digest as the OCI spec writes it; only sha256 is in use.
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -66,6 +67,7 @@ def encode(
     working_dir: str = "/",
     kernel: Kernel | None = None,
     limits: Limits = _NONE,
+    network: Network | None = None,
     created: str = "",
     labels: Iterable[tuple[str, str]] | Mapping[str, str] = (),
     history: Iterable[Mapping[str, Any]] = (),
@@ -89,6 +91,8 @@ def encode(
         marks[KERNEL_LABEL] = _compact(kernel)
     if limits != _NONE:
         marks[LIMITS_LABEL] = _compact(limits)
+    if network is not None:
+        marks[NETWORK_LABEL] = network
     run: dict[str, Any] = {"Env": [f"{name}={value}" for name, value in pairs], "WorkingDir": working_dir}
     if cmd:
         run["Cmd"] = list(cmd)
@@ -127,6 +131,11 @@ def decode(data: bytes) -> Image:
     labels = dict(run.labels or {})
     kernel = _ours(labels.pop(KERNEL_LABEL, None), Kernel, KERNEL_LABEL)
     limits = _ours(labels.pop(LIMITS_LABEL, None), Limits, LIMITS_LABEL)
+    network = labels.pop(NETWORK_LABEL, None)
+    if network is not None and network not in NETWORKS:
+        raise InvalidInput(
+            "read an image's config", f"its label {NETWORK_LABEL} is {network!r}", "build the image again"
+        )
     pairs = (entry.partition("=") for entry in run.env or ())
     return Image(
         id=digest_of(data),
@@ -136,6 +145,7 @@ def decode(data: bytes) -> Image:
         working_dir=run.working_dir or "/",
         kernel=kernel,
         limits=limits or _NONE,
+        network=network,
         created=document.created or "",
         labels=tuple(sorted(labels.items())),
     )

@@ -23,6 +23,8 @@ INSIDE = "/run/workbench"
 #: The kernel's connection file, outside in the run folder and inside.
 NAME = "connection.json"
 
+#: The TCP ports inside come after this one: nobody's, and below those that the system gives out by itself.
+_PORTS = 17000
 _CURVE_KEYS = ("curve_publickey", "curve_secretkey")
 
 
@@ -102,13 +104,14 @@ def require_curve(kernel: Kernel, image: str) -> None:
 
 
 def guest_content(
-    *, key: str, signature_scheme: str, kernel_name: str, curve: tuple[str, str] | None
+    *, key: str, signature_scheme: str, kernel_name: str, curve: tuple[str, str] | None, transport: str = "ipc"
 ) -> dict[str, Any]:
-    """What the kernel's own connection file says."""
-    content: dict[str, Any] = {f"{channel}_port": number(channel) for channel in CHANNELS}
+    """What the kernel's own connection file says. transport: "tcp" for ports of its own loopback (``forwards``)."""
+    tcp = transport == "tcp"
+    content: dict[str, Any] = {f"{channel}_port": number(channel) + (_PORTS if tcp else 0) for channel in CHANNELS}
     content |= {
-        "transport": "ipc",
-        "ip": f"{INSIDE}/{PREFIX}",
+        "transport": transport,
+        "ip": "127.0.0.1" if tcp else f"{INSIDE}/{PREFIX}",
         "key": key,
         "signature_scheme": signature_scheme,
         "kernel_name": kernel_name,
@@ -116,6 +119,13 @@ def guest_content(
     if curve:
         content |= dict(zip(_CURVE_KEYS, curve, strict=True))
     return content
+
+
+def forwards(kernel: Kernel) -> tuple[tuple[str, int], ...]:
+    """Names of sockets in the run folder that stand for TCP ports inside; none for a kernel that makes its own."""
+    if kernel.transport != "tcp":
+        return ()
+    return tuple((f"{PREFIX}-{number(channel)}", _PORTS + number(channel)) for channel in CHANNELS)
 
 
 def write_guest(run_dir: str, content: Mapping[str, Any]) -> None:

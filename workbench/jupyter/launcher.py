@@ -21,8 +21,8 @@ import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from workbench.containers.relay import Relay, sockets_of
 from workbench.jupyter import connection
-from workbench.jupyter.relay import Relay
 from workbench.model import Exit, InvalidInput, LaunchFailed, WorkbenchError
 
 if TYPE_CHECKING:
@@ -196,6 +196,7 @@ class _Launcher:
             argv=list(connection.command(kernel)),
             cwd=os.getcwd(),
             env=connection.kernel_env(os.environ),
+            forwards=connection.forwards(kernel),
             labels={"kind": "kernel", "client": "launcher"},
         )
         self._container = container
@@ -205,10 +206,11 @@ class _Launcher:
             signature_scheme=self._file.signature_scheme,
             kernel_name=self._ref,
             curve=self._file.curve,
+            transport=kernel.transport,
         )
         connection.write_guest(run_dir, content)
         self._run_dir = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._relay = relay = Relay(self._listeners, self._run_dir)
+        self._relay = relay = Relay(self._listeners, sockets_of(self._run_dir))
         relay.watch(self._wake_read, self._on_wake)
         relay.watch(self._link.fileno(), self._on_signals)
         if self._client >= 0:

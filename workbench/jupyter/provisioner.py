@@ -94,6 +94,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             signature_scheme=km.session.signature_scheme,
             kernel_name=km.kernel_name,
             curve=(keys[0].decode(), keys[1].decode()) if (keys := self._keys()) else None,
+            transport=kernel.transport,
         )
         return {**kwargs, "cmd": argv, "env": connection.kernel_env(environ)}
 
@@ -123,6 +124,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             argv=argv,
             cwd=cwd,
             env=connection.kernel_env(environ),
+            forwards=connection.forwards(image.kernel) if image.kernel else (),
             labels={"image": self.image, "kernel": str(self.kernel_id or "")},
         )
         spec = container.state["spec"]

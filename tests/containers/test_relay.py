@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from workbench.jupyter.relay import Backlog, Relay
+from workbench.containers.relay import Backlog, Relay, sockets_of
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -33,7 +33,7 @@ class Running:
         self._folder = os.open(folder, os.O_RDONLY)
         self._wake, self._poke = os.pipe()
         self._calls: list[Callable[[], None]] = []
-        self.relay = Relay([(self.listener, "k-1")], self._folder, spill=str(folder))
+        self.relay = Relay([(self.listener, "k-1")], sockets_of(self._folder), spill=str(folder))
         self.relay.watch(self._wake, lambda _: os.read(self._wake, 1) and None)
         self._over = False
         self._thread = threading.Thread(target=self._run, daemon=True)

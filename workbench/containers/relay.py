@@ -1,4 +1,4 @@
-"""Carries the channels of a kernel between a client's sockets and the kernel's, byte for byte.
+"""Carries streams between the sockets of a client and those of a kernel, byte for byte.
 
 ZMTP is the same stream of bytes over TCP and over Unix sockets (https://rfc.zeromq.org/spec/23/), so nothing
 is parsed here: protocol extensions and CURVE pass end to end. What matters instead is the pace. A kernel's
@@ -134,17 +134,16 @@ class _Link:
 
 
 class Relay:
-    """Listens for clients and joins each connection to the socket of the same channel in ``kernel_folder``.
+    """Listens for clients and joins each connection to the kernel's socket of the same channel.
 
-    channels: (listening socket, name of the kernel's socket in its folder) for each. The listening sockets
-    belong to the relay from now on. kernel_folder: an open directory; its sockets may come later. The folder
-    is writable from inside the container, so a name in it is only followed if it *is* a socket.
+    channels: (listening socket, what ``connect`` makes of it) for each. The listening sockets belong to the relay
+    from now on. connect: ``sockets_of`` or ``port``; it is asked again until the kernel listens.
     """
 
     def __init__(
-        self, channels: Sequence[tuple[socket.socket, str]], kernel_folder: int, spill: str | None = None
+        self, channels: Sequence[tuple[socket.socket, str]], connect: Connect, spill: str | None = None
     ) -> None:
-        self._folder, self._spill = kernel_folder, spill
+        self._connect, self._spill = connect, spill
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._listeners: list[socket.socket] = []
@@ -247,25 +246,6 @@ class Relay:
             link.masks = {client.fileno(): 0, kernel.fileno(): 0}
             self._settle(link)
         self._waiting = still
-
-    def _connect(self, name: str) -> socket.socket | None:
-        try:
-            handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._folder)
-        except OSError:
-            return None
-        kernel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            if not stat.S_ISSOCK(os.fstat(handle).st_mode):
-                raise OSError("no socket")
-            kernel.setblocking(False)
-            # by descriptor: a sun_path holds 108 bytes only, and what was checked is what is reached
-            kernel.connect(f"/proc/self/fd/{handle}")
-        except OSError:  # bound but not listening yet, or its queue of connections is full
-            kernel.close()
-            return None
-        finally:
-            os.close(handle)
-        return kernel
 
     def _on_client(self, link: _Link, events: int) -> None:
         assert link.kernel is not None
@@ -379,3 +359,47 @@ class Relay:
                 sock.close()
         link.up.backlog.close()
         link.down.backlog.close()
+
+
+Connect = Callable[[str], socket.socket | None]
+
+
+def sockets_of(folder: int) -> Connect:
+    """Reaches the Unix sockets of an open folder by their names.
+
+    It is writable from inside the container, so a name in it is only followed if it *is* a socket.
+    """
+
+    def connect(name: str) -> socket.socket | None:
+        try:
+            handle = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        except OSError:
+            return None
+        kernel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            if not stat.S_ISSOCK(os.fstat(handle).st_mode):
+                raise OSError("no socket")
+            kernel.setblocking(False)
+            # by descriptor: a sun_path holds 108 bytes only, and what was checked is what is reached
+            kernel.connect(f"/proc/self/fd/{handle}")
+        except OSError:  # bound but not listening yet, or its queue of connections is full
+            kernel.close()
+            return None
+        finally:
+            os.close(handle)
+        return kernel
+
+    return connect
+
+
+def port(number: str) -> socket.socket | None:
+    """Reaches a TCP port of this network namespace's loopback."""
+    kernel = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        kernel.connect(("127.0.0.1", int(number)))  # at once: there is no way to go
+        kernel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        kernel.setblocking(False)
+    except OSError:
+        kernel.close()
+        return None
+    return kernel
