@@ -59,6 +59,9 @@ class Workbench(LoggingConfigurable):
         "outbound",
         help="What containers reach: nothing (none), the outside (outbound), all that the host does.",
     ).tag(config=True)
+    default_image = Unicode(
+        "", help="The image whose kernel a server takes for new notebooks, by name. Empty: Jupyter's own default."
+    ).tag(config=True)
     mounts = List(Unicode(), help="Host folders or files that every container sees, each as SOURCE[:TARGET][:ro].").tag(
         config=True
     )
@@ -285,7 +288,7 @@ class Workbench(LoggingConfigurable):
                     "status": state["status"], "created": state["created"], "pid": state["pid"],
                     "command": state["spec"]["argv"], "folder": state["spec"]["cwd"],
                     "network": state["spec"]["network"], "limits": state["spec"]["limits"],
-                    "labels": state["labels"], "exit": state["exit"],
+                    "labels": state["labels"], "exit": state["exit"], "usage": _usage(container, state),
                 })  # fmt: skip
         return sorted(rows, key=lambda row: str(row["created"]))
 
@@ -344,6 +347,11 @@ class Workbench(LoggingConfigurable):
     def close(self) -> None:
         """End the helper and with it every container that this process started."""
         self.containers.close()
+
+
+def _usage(container: Container, state: Mapping[str, Any]) -> dict[str, Any] | None:
+    usage = container.usage() if state["status"] == "running" else None
+    return asdict(usage) if usage else None
 
 
 def _vendored(folder: Path, text: str | None) -> Path | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
+from tests.conftest import TOP
 from workbench.build import recipe
 from workbench.model import InvalidInput, Kernel, Limits, NotFound
 
@@ -114,3 +117,18 @@ def test_shipped_recipes_are_found_by_name_and_all_are_valid():
         assert recipe.load(recipe.find(name)) == recipe.load(folder)
     with pytest.raises(NotFound, match="did you mean python"):
         recipe.find("pyton")
+
+
+def test_the_schema_for_editors_is_that_of_the_code():
+    """``docs/recipe.schema.json``; write it anew with the line below when this fails."""
+    path = TOP / "docs" / "recipe.schema.json"
+    assert path.read_text() == recipe.schema(), f"{sys.executable} -m workbench.build.recipe > {path}"
+
+
+NOT_LISTED = {"base", "apt", "python", "kernel", "limits", "run"}  # tables, told by their keys
+
+
+def test_every_key_is_described():
+    text = (TOP / "docs" / "recipes.md").read_text()
+    for key in set(recipe.known_keys()) - NOT_LISTED:
+        assert f"`{key}`" in text or f"`.{key.split('.')[-1]}`" in text or f"`{key.split('.')[-1]}`" in text, key

@@ -8,6 +8,7 @@ the cache knows of it; the ref comes last.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import shutil
@@ -28,6 +29,7 @@ from workbench.build.cache import Cache
 from workbench.build.fetch import Fetcher, Unavailable
 from workbench.build.lock import StepLock
 from workbench.build.news import Progress, explain
+from workbench.build.pins import beside
 from workbench.build.plan import Built, Options, compare
 from workbench.build.recipe import Recipe
 from workbench.build.site import Workplace
@@ -47,12 +49,15 @@ from workbench.model import (
     Limits,
     Network,
     Settings,
+    WorkbenchError,
     format_size,
 )
 
 __all__ = ["SUITE_LABEL", "Built", "Options", "build", "compare"]
 
 SUITE_LABEL = "org.jupyter.workbench.suite"
+#: What names an image of a failed step, before the recipe's own name.
+AFTER_FAILURE = "after-failure/"
 PRELOAD_LABEL = "org.jupyter.workbench.preload"
 #: What a build needs at the least: a base and its archive side by side, in bytes.
 ROOM = 1 << 30
@@ -101,12 +106,26 @@ def build(
         )  # fmt: skip
         stack.callback(fetcher.close)
         work = _Build(
-            recipe, folder, suite, options, store, containers, offered, progress, held, cache, fetcher, downloads / "uv"
+            recipe,
+            folder,
+            suite,
+            options,
+            store,
+            refs,
+            containers,
+            offered,
+            progress,
+            held,
+            cache,
+            fetcher,
+            downloads / "uv",
         )
         if base:
             held.add(base[1].id)
             work.stand_on(*base)
         built = work.all()
+        with suppress(WorkbenchError):  # the last failure is over
+            refs.delete(AFTER_FAILURE + recipe.name)
         if name != "":
             built = replace(built, name=name or recipe.name)
             refs.set(built.name, built.image.id)
@@ -124,12 +143,13 @@ class _Build(Workplace):
     """One run through the steps of a recipe."""
 
     def __init__(
-        self, recipe: Recipe, folder: Path, suite: str, options: Options, store: Store, containers: Containers,
-        settings: Settings, progress: Progress, held: Lease, cache: Cache, fetcher: Fetcher, uv_cache: Path,
+        self, recipe: Recipe, folder: Path, suite: str, options: Options, store: Store, refs: Refs,
+        containers: Containers, settings: Settings, progress: Progress, held: Lease, cache: Cache, fetcher: Fetcher,
+        uv_cache: Path,
     ) -> None:  # fmt: skip
         super().__init__(suite, settings, fetcher, uv_cache, store=store, containers=containers, progress=progress)
         self.below: Image | None = None
-        self.recipe, self.folder, self.options, self.store = recipe, folder, options, store
+        self.recipe, self.folder, self.options, self.store, self.refs = recipe, folder, options, store, refs
         self.progress, self.held, self.cache = progress, held, cache
         self.steps: list[Step] = []
         self.expected = {step.name: step for step in options.lock.steps} if options.lock else {}
@@ -163,7 +183,10 @@ class _Build(Workplace):
             self._vendor(self.options.vendor)
         made = locks.new(self.epoch, platform.machine(), tuple(self.locked))
         locked = self.options.lock is not None
-        return Built("", image, made, locked, list(self._differences()), self.renewed)
+        table = self.recipe.kernel
+        logo = beside(self.folder, table.logo, f"{self.folder}: kernel.logo") if table and table.logo else None
+        mounts = tuple(os.path.expanduser(text) for text in self.recipe.mounts)
+        return Built("", image, made, locked, list(self._differences()), self.renewed, logo, mounts)
 
     def _differences(self) -> Iterator[str]:
         for locked in self.locked:
@@ -349,9 +372,22 @@ class _Build(Workplace):
         if end.limit or end.code > 128:
             obstacle = end.reason or f"it was killed by signal {end.code - 128}"
         where = f"its log is {kept}"
+        if failed.tree is not None and self._keep_failed(failed.tree):
+            where += f"; enter it with `jupyter workbench run --after-failure {self.recipe.name}`"
         return BuildFailed(
             f"build {self.recipe.name}, step {step.name}", obstacle, f"{remedy}; {where}" if remedy else where
         )
+
+    def _keep_failed(self, tree: Path) -> bool:
+        """An image of what a failed step left, to look into; whether it could be kept."""
+        with suppress(WorkbenchError, OSError):
+            diff_id = self.store.add_tree(tree)
+            env = (dict(self.below.env) if self.below else {}) | image_environment(self.recipe, bool(self.below))
+            labels = {SUITE_LABEL: self.suite} if self.suite else {}
+            data = config.encode(diff_ids=[*self.layers, diff_id], env=env, cmd=("/bin/bash",), labels=labels)
+            self.refs.set(AFTER_FAILURE + self.recipe.name, self.store.add_image(data).id)
+            return True
+        return False
 
     # The image
 

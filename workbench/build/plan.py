@@ -48,7 +48,7 @@ class Built:
     """A finished build. lock: what it took and gave; renewed: what was chosen in place of what cannot be had.
 
     name: the image's, or empty; locked: whether the recipe had a lock; differences: one line for each step whose
-    layer is not the one of its lock.
+    layer is not the one of its lock; logo, mounts: what the recipe has for kernels on this machine.
     """
 
     name: str
@@ -57,6 +57,8 @@ class Built:
     locked: bool
     differences: list[str] = field(default_factory=list)
     renewed: list[str] = field(default_factory=list)
+    logo: Path | None = None
+    mounts: tuple[str, ...] = ()
 
 
 def compare(store: Store, one: Built, other: Built) -> list[str]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -424,3 +426,13 @@ def find(text: str) -> Path:
     near = difflib.get_close_matches(text, known, 1)
     remedy = f"did you mean {near[0]}?" if near else f"shipped are {', '.join(known) or 'none'}"
     raise NotFound("find a recipe", f"{text}: there is no such folder", remedy)
+
+
+def schema() -> str:
+    """The JSON schema of a recipe, for editors (https://json-schema.org); what ``parse`` checks beyond is not in it."""
+    whole = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "recipe.toml of Workbench"}
+    return json.dumps(whole | msgspec.json.schema(Recipe), indent=1, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(schema())

@@ -69,7 +69,8 @@ class Workplace:
             finally:
                 os.close(null)
         if end.code:
-            raise StepFailed(end, list(log.text), path)
+            tree = None if run.bootstrap else folder / "writable" / "upper"
+            raise StepFailed(end, list(log.text), path, tree)
         return Path(runs[0].tree) if runs and runs[0].tree else folder / "writable" / "upper"
 
     def _spec(self, run: Run) -> spec.ContainerSpec:

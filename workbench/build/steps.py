@@ -40,11 +40,11 @@ class Run:
 
 
 class StepFailed(Exception):
-    """A container of a step ended badly. lines: the end of what it printed."""
+    """A container of a step ended badly. lines: the end of what it printed; tree: what it had written by then."""
 
-    def __init__(self, end: Exit, lines: Sequence[str], log: Path) -> None:
+    def __init__(self, end: Exit, lines: Sequence[str], log: Path, tree: Path | None) -> None:
         super().__init__(end.reason)
-        self.end, self.lines, self.log = end, list(lines), log
+        self.end, self.lines, self.log, self.tree = end, list(lines), log, tree
 
 
 class Site(Protocol):
@@ -121,7 +121,7 @@ def step_environment(epoch: int) -> dict[str, str]:
     """Variables of every step: the clamping time, and no bytecode but that which a step makes on purpose."""
     return {
         "PATH": PATH, "SOURCE_DATE_EPOCH": str(epoch), "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/root",
-        "LC_ALL": "C.UTF-8",
+        "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0",
     }  # fmt: skip
 
 

@@ -88,11 +88,35 @@ rm -f /opt/venv/.lock /opt/venv/.gitignore
 """.replace("INDEX", _INDEX)
 
 # A second container: from here on code of the packages may run (.pth files).
+# What a code file holds depends a little on what its process compiled before (marshal marks what is shared): so the
+# same files go to the same process in the same order, however many processors there are.
+_COMPILE_FILES = r"""
+import importlib.util, os, py_compile, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
+PARTS = 16
+if len(sys.argv) > 2:
+    for path in sys.argv[2:]:
+        try:  # templates and another Python's code do not compile, and are never imported either
+            py_compile.compile(path, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
+        except Exception:
+            pass
+    sys.exit()
+found = sorted(
+    path for folder, _, names in os.walk("/opt/venv/lib") for name in names
+    if name.endswith(".py") and not os.path.exists(importlib.util.cache_from_source(path := os.path.join(folder, name)))
+)
+code = sys.argv[1]
+def part(number):
+    files = found[number::PARTS]
+    for at in range(0, len(files), 1000):  # each a process, whose arguments have room for so many
+        subprocess.run([sys.executable, "-S", "-c", code, code, *files[at : at + 1000]])
+with ThreadPoolExecutor(os.cpu_count()) as pool:
+    list(pool.map(part, range(PARTS)))
+"""
 _COMPILE = r"""
 set -eu
 cd /
-# What does not compile (templates, another Python's code) is never imported either.
-/opt/venv/bin/python -m compileall -qq -j 0 --invalidation-mode checked-hash /opt/venv/lib || true
+/opt/venv/bin/python -S -c "$COMPILE" "$COMPILE"
 # Made by each import of matplotlib; here already, a plot is no change of the environment.
 for folder in /opt/venv/lib/python3*/site-packages/matplotlib; do
   [ ! -d "$folder" ] || mkdir -p /root/.config/matplotlib
@@ -117,7 +141,7 @@ class Python:
         self._known: dict[str, str] = {}
 
     def marks(self) -> dict[str, Any]:
-        return {"script": _PYTHON, "install": _INSTALL, "compile": _COMPILE, "also": "pip"}
+        return {"script": _PYTHON, "install": _INSTALL, "compile": _COMPILE + _COMPILE_FILES, "also": "pip"}
 
     def resolve(self, site: Site, old: StepLock | None) -> StepLock:
         host = host_uv()
@@ -260,7 +284,7 @@ class Python:
         env = _environment() | {"UV_CACHE_DIR": "/tmp/uv-cache", "UV_LINK_MODE": "hardlink", "INSTALL": _INSTALL}
         return [
             Run(("/bin/sh", "-c", _PYTHON, "python", _UV), env, mounts),
-            Run(("/bin/sh", "-c", _COMPILE, "compile")),
+            Run(("/bin/sh", "-c", _COMPILE, "compile"), {"COMPILE": _COMPILE_FILES}),
         ]
 
     def _addresses(self) -> Iterator[str]:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 class Kernelspecs(Protocol):
     """What the Jupyter side offers to the command line; handed in, since neither imports the other."""
 
-    def write(self, image_name: str, image: Image) -> Path:
+    def write(
+        self, image_name: str, image: Image, *, logo: Path | None = None, mounts: Sequence[str] = ()
+    ) -> Path:  # fmt: skip
         """Make the kernelspec of a name; the folder that it is in."""
 
     def remove(self, image_name: str) -> None:

@@ -67,7 +67,11 @@ def build(bench: Workbench, options: Any, kernelspecs: Get) -> int:
         vendored=options.vendor, progress=progress,
     )  # fmt: skip
     image, name = built.image, built.name
-    kernel = str(kernelspecs().write(name, image)) if image.kernel is not None else None
+    kernel = (
+        str(kernelspecs().write(name, image, logo=built.logo, mounts=built.mounts))
+        if image.kernel is not None
+        else None
+    )
     row = {
         "name": name, "id": image.id, "kernelspec": kernel, "seconds": round(seconds(), 3), "locked": built.locked,
         "identical": built.locked and not built.differences, "differences": built.differences,
@@ -104,7 +108,7 @@ def lock(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     path, built = bench.lock(options.recipe, refresh=options.refresh, vendor=options.vendor, progress=progress)
     image = built.image
     if image.kernel is not None:
-        kernelspecs().write(built.name, image)
+        kernelspecs().write(built.name, image, logo=built.logo, mounts=built.mounts)
     packages = sum(len(step.packages) for step in built.lock.steps)
     row = {"lock": path, "id": image.id, "packages": packages, "renewed": built.renewed, "seconds": round(seconds(), 3)}
     if options.json:
@@ -196,6 +200,8 @@ def _container_row(row: dict[str, Any]) -> dict[str, str]:
         "image": row["image"] or short(row["image_id"]),
         "status": _status(row),
         "created": show.age(row["created"]),
+        "memory": format_size(usage["memory"]) if (usage := row.get("usage")) else "-",
+        "cpu": f"{usage['cpu']:.1f} s" if usage else "-",
         "folder": row["folder"],
         "command": _one_line(row["command"]),
     }

@@ -103,6 +103,9 @@ def _run(parser: argparse.ArgumentParser) -> None:
         help="a variable for the command; may be given more than once",
     )  # fmt: skip
     parser.add_argument("--no-folder", action="store_true", help="do not show the current folder inside")
+    parser.add_argument(
+        "--after-failure", action="store_true", help="IMAGE is a recipe whose build failed: run in what it left"
+    )
     parser.add_argument("--rm", action="store_true", help="remove the container even when it changed something")
     parser.add_argument("image", metavar="IMAGE", help="an image, by name or ID")
     command = parser.add_argument(

@@ -30,9 +30,10 @@ def run(bench: Workbench, options: Any, _: Callable[[], Kernelspecs]) -> int:
     """``run IMAGE [COMMAND...]``: the command's exit code, 128 + n when signal n killed it (bash(1))."""
     terminal = os.isatty(0) and os.isatty(1)
     memory = parse_size(options.memory) if options.memory else None
-    command = options.command or bench.image(options.image).cmd or SHELL
+    image = f"after-failure/{options.image}" if options.after_failure else options.image
+    command = options.command or bench.image(image).cmd or SHELL
     container = bench.create(
-        options.image,
+        image,
         argv=command,
         cwd=None if options.no_folder else os.getcwd(),
         env=_variables(options.env) | ({"TERM": os.environ.get("TERM", "xterm")} if terminal else {}),

@@ -20,7 +20,8 @@ from workbench.containers import state
 from workbench.containers.client import Answer, HelperClient
 from workbench.containers.spec import ContainerSpec
 from workbench.linux import userns
-from workbench.model import Conflict, Exit, InvalidInput, NotFound
+from workbench.linux.cgroup import Cgroup, Usage
+from workbench.model import Conflict, Exit, InvalidInput, NotFound, WorkbenchError
 
 
 def new_id() -> str:
@@ -70,6 +71,11 @@ class Container:
         elif known["status"] == "running":
             known |= state.KILLED_WITH_ITS_LAUNCHER
         return known
+
+    def usage(self) -> Usage | None:
+        """What it uses now; None where no control group tells it, or when it does not run."""
+        group = Cgroup.of(self.id)
+        return group.usage() if group else None
 
     @property
     def image_id(self) -> str:
@@ -210,10 +216,13 @@ class Containers:
         container and is raised again.
         """
         container = self.create(spec, image="", folder=folder)
+        started = container.start(stdio)
         try:
-            container.start(stdio).result()
+            started.result()
             return container.exited.result()
         except BaseException:
+            with suppress(WorkbenchError):
+                started.result()  # a start that is under way cannot be called back, only ended
             container.kill()
             container.exited.result()
             raise

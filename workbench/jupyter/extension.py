@@ -12,12 +12,17 @@ def load(serverapp: Any) -> None:
     """Add the routes to a Jupyter server (``_load_jupyter_server_extension``)."""
     from jupyter_server.utils import url_path_join
 
-    from workbench.jupyter import handlers
+    from workbench.jupyter import builds, handlers, kernelspecs, shared
 
     web = serverapp.web_app
+    logger = serverapp.event_logger
+    logger.register_event_schema(builds.SCHEMA)
+    web.settings["workbench_builds"] = builds.Builds(lambda data: logger.emit(schema_id=builds.SCHEMA_ID, data=data))
     base = web.settings["base_url"]
     web.add_handlers(
         ".*$",
         [(url_path_join(base, "workbench", "api") + route, handler) for route, handler in handlers.ROUTES],
     )
+    if image := shared.workbench(serverapp.config).default_image:
+        serverapp.kernel_manager.default_kernel_name = kernelspecs.kernel_name(image)
     serverapp.log.info("Workbench: images and containers at %s", url_path_join(base, "workbench", "api"))

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from functools import wraps
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, TypeVar
 
 from jupyter_server.auth.decorator import authorized
@@ -18,6 +21,7 @@ from jupyter_server.utils import ensure_async
 from tornado import web
 
 from workbench.jupyter import kernelspecs, shared
+from workbench.jupyter.builds import Builds, recipe_in
 from workbench.model import Conflict, HostLacks, InvalidInput, NotFound, WorkbenchError
 from workbench.workbench import Workbench, as_row
 
@@ -179,6 +183,77 @@ class LogsHandler(_Handler):
         self.answer({"logs": await self.work(lambda bench: bench.logs(text))})
 
 
+class DoctorHandler(_Handler):
+    """What this machine offers to containers."""
+
+    @web.authenticated
+    @authorized
+    @_told
+    async def get(self) -> None:
+        """A row for each thing that a container needs."""
+        from workbench import doctor
+
+        checks = await self.work(lambda bench: [asdict(check) for check in doctor.examine(Path(bench.home))])
+        self.answer({"checks": checks})
+
+
+class _BuildsHandler(_Handler):
+    @property
+    def builds(self) -> Builds:
+        found: Builds = self.settings["workbench_builds"]
+        return found
+
+
+class BuildsHandler(_BuildsHandler):
+    """Builds of this server."""
+
+    @web.authenticated
+    @authorized
+    @_told
+    async def get(self) -> None:
+        """A row for each that runs or has ended lately."""
+        self.answer({"builds": self.builds.rows()})
+
+    @web.authenticated
+    @authorized
+    @_told
+    async def post(self) -> None:
+        """Begin one: ``{"recipe": …, "name": …, "refresh": …, "offline": …, "check": …}``."""
+        wanted = self.get_json_body() or {}
+        known = {"recipe": str, "name": str, "refresh": bool, "offline": bool, "check": bool}
+        for key, value in wanted.items():
+            if key not in known or not isinstance(value, known[key]):
+                raise InvalidInput("begin a build", f"{key!r} is not understood", f"known are {', '.join(known)}")
+        if not wanted.get("recipe"):
+            raise InvalidInput("begin a build", "no recipe is named", 'give {"recipe": "…"}')
+        recipe = recipe_in(self.settings["server_root_dir"], wanted["recipe"])
+        options = [f"--{key}" for key in ("refresh", "offline", "check") if wanted.get(key)]
+        options += [f"--name={wanted['name']}"] if wanted.get("name") else []
+        bench = shared.workbench(self.config)
+        options.append(f"--Workbench.offer_host_settings={bench.offer_host_settings}")
+        environ = os.environ | {"WORKBENCH_HOME": bench.home}
+        self.answer(self.builds.start(recipe, options, environ).row(), HTTPStatus.ACCEPTED)
+
+
+class BuildHandler(_BuildsHandler):
+    """One build."""
+
+    @web.authenticated
+    @authorized
+    @_told
+    async def get(self, text: str) -> None:
+        """How it stands, with what it said."""
+        self.answer(self.builds.get(text).row(lines=True))
+
+    @web.authenticated
+    @authorized
+    @_told
+    async def delete(self, text: str) -> None:
+        """Cancel it; 409 when it has ended."""
+        self.builds.get(text).cancel()
+        self.answer(None, HTTPStatus.NO_CONTENT)
+
+
 def _exists(bench: Workbench, name: str) -> bool:
     return any(container.id == name for container in bench.containers)
 
@@ -194,4 +269,7 @@ ROUTES: list[tuple[str, type[_Handler]]] = [
     (_CONTAINER, ContainerHandler),
     (_CONTAINER + "/stop", StopHandler),
     (_CONTAINER + "/logs", LogsHandler),
+    (r"/builds/?", BuildsHandler),
+    (r"/builds/(?P<text>[0-9a-f]+)", BuildHandler),
+    (r"/doctor/?", DoctorHandler),
 ]

@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,11 @@ from workbench.model import Conflict, Image, InvalidInput
 _MARK = "workbench"
 
 
-def write(image_name: str, image: Image) -> Path:
+def write(image_name: str, image: Image, *, logo: Path | None = None, mounts: Sequence[str] = ()) -> Path:
     """Write the kernelspec of an image's name; its folder.
+
+    logo: an SVG or PNG in place of the language's own; mounts: host folders that its kernels see. Both come from a
+    recipe on this machine, never from an image.
 
     Raises InvalidInput for an image without a kernel, Conflict where somebody else has the name.
     """
@@ -39,11 +42,15 @@ def write(image_name: str, image: Image) -> Path:
     if folder.exists() and (known is None or _MARK not in known.get("metadata", {})):
         raise Conflict(f"write the kernelspec {folder.name}", f"{folder} is not ours", "remove or rename it")
     folder.mkdir(parents=True, exist_ok=True)
-    logo = _logo(kernel.language)
+    for old in ("logo-svg.svg", "logo-64x64.png"):
+        with suppress(FileNotFoundError):
+            (folder / old).unlink()
+    logo = logo or _logo(kernel.language)
     if logo is not None:
-        _replace(folder / logo.name, logo.read_bytes())
+        name = "logo-svg.svg" if logo.suffix == ".svg" else "logo-64x64.png"
+        _replace(folder / name, logo.read_bytes())
     # last, since a folder counts as a kernelspec from here on
-    _replace(folder / "kernel.json", json.dumps(_content(image_name, image), indent=1).encode() + b"\n")
+    _replace(folder / "kernel.json", json.dumps(_content(image_name, image, mounts), indent=1).encode() + b"\n")
     return folder
 
 
@@ -77,10 +84,12 @@ def written() -> Iterator[tuple[str, dict[str, Any]]]:
             yield folder.name, known
 
 
-def _content(image_name: str, image: Image) -> dict[str, Any]:
+def _content(image_name: str, image: Image, mounts: Sequence[str]) -> dict[str, Any]:
     kernel = image.kernel
     assert kernel is not None
-    config = {"image": image_name}
+    config: dict[str, Any] = {"image": image_name}
+    if mounts:
+        config["mounts"] = list(mounts)
     content: dict[str, Any] = {
         "argv": [*_launcher(), image_name, "{connection_file}"],
         "display_name": kernel.display_name or image_name,

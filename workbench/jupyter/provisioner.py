@@ -16,21 +16,22 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from logging import ERROR, INFO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.multikernelmanager import MultiKernelManager
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 from jupyter_core.utils import ensure_async
-from traitlets import Unicode
+from traitlets import Enum, Float, Integer, List, Unicode
 
+from workbench.containers.spec import parse_mount
 from workbench.jupyter import connection, shared
-from workbench.model import Conflict, Exit, LaunchFailed, NotFound, WorkbenchError
+from workbench.model import NETWORKS, Conflict, Exit, LaunchFailed, Limits, NotFound, WorkbenchError, parse_size
 
 if TYPE_CHECKING:
     from workbench.containers.container import Container
     from workbench.jupyter.last_words import Listener
-    from workbench.model import Image, Kernel
+    from workbench.model import Image, Kernel, Network
     from workbench.workbench import Workbench
 
 
@@ -38,6 +39,11 @@ class WorkbenchProvisioner(KernelProvisionerBase):
     """One kernel in one container."""
 
     image = Unicode("", config=True, help="The image: a name, or its ID.")
+    memory = Unicode("", config=True, help="The most memory of this kernel, like 2G: less than all others allow.")
+    processes = Integer(0, config=True, help="The most processes and threads of this kernel. 0: no limit of its own.")
+    cpus = Float(0.0, config=True, help="The most processors of this kernel. 0: no limit of its own.")
+    network = Enum(("", *NETWORKS), "", config=True, help="What this kernel reaches, if that is less.")
+    mounts = List(Unicode(), config=True, help="Host folders that this kernel sees, each as SOURCE[:TARGET][:ro].")
     home = Unicode("", help="The store that the image is in, where it is not the user's default.")
 
     def __init__(self, **kwargs: Any) -> None:
@@ -119,11 +125,16 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         self, bench: Workbench, image: Image, argv: list[str], cwd: str, environ: Mapping[str, str]
     ) -> Container:
         self._cwd = cwd
+        granted: Network = bench.network
+        own = cast("Network | None", self.network or None)
         container = bench.create(
             image.id,
             argv=argv,
             cwd=cwd,
             env=connection.kernel_env(environ),
+            mounts=[parse_mount(text) for text in self.mounts],
+            limits=Limits(parse_size(self.memory) if self.memory else None, self.processes or None, self.cpus or None),
+            network=min(granted, own or granted, key=NETWORKS.index),
             forwards=connection.forwards(image.kernel) if image.kernel else (),
             labels={"image": self.image, "kernel": str(self.kernel_id or "")},
         )

@@ -126,12 +126,19 @@ class Cgroup:
     @classmethod
     def forget(cls, name: str) -> None:
         """End and remove what is left of a group whose maker was killed."""
+        if group := cls.of(name):
+            group.remove()
+        for base in find().bases.values():  # a maker killed between two steps had got no further than the parent
+            with suppress(OSError):
+                os.rmdir(os.path.join(base, _PARENT))
+
+    @classmethod
+    def of(cls, name: str) -> Cgroup | None:
+        """The group of a container that some process of this user runs; None where there is none."""
         place = find()
         folders = {key: os.path.join(base, _PARENT, name) for key, base in place.bases.items()}
-        cls(place.kind, {key: path for key, path in folders.items() if os.path.isdir(path)}).remove()
-        for path in folders.values():  # a maker killed between two steps had got no further than the parent
-            with suppress(OSError):
-                os.rmdir(os.path.dirname(path))
+        there = {key: path for key, path in folders.items() if os.path.isdir(path)}
+        return cls(place.kind, there) if there else None
 
     def _set(self, limits: Limits) -> None:
         if limits.cpus is not None and "cpu" not in self.folders:
