@@ -70,7 +70,7 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _wants_podman(only: str) -> bool:
-    return any(only in name for name in ("first", "process"))
+    return any(only in name for name in ("first", "process", "builds"))
 
 
 def _line(figure: Figure) -> str:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import kernels
+from benchmarks import builds, kernels
 from benchmarks.measure import Figure, bounded, by_turns, compare, timed
 from benchmarks.peers import Crun, Podman
 from benchmarks.scene import OURS, PLAIN, TOP, Scene, say
@@ -29,9 +29,10 @@ class Effort:
     loops: int = 15
     blocks: int = 20
     memory: int = 20
+    builds: int = 2
 
 
-QUICK = Effort(starts=5, true=15, processes=4, fiftieth=3, loops=5, blocks=6, memory=10)
+QUICK = Effort(starts=5, true=15, processes=4, fiftieth=3, loops=5, blocks=6, memory=10, builds=1)
 
 
 def first_results(scene: Scene, podman: Podman | None, effort: Effort) -> Iterator[Figure]:
@@ -238,6 +239,7 @@ def every(scene: Scene, podman: Podman | None, effort: Effort, chosen: str) -> I
         "round": lambda: round_trips(scene, effort),
         "memory": lambda: memory(scene, effort),
         "disk": lambda: disk(scene),
+        "builds": lambda: builds.builds(scene, podman, effort.builds),
     }
     for name, group in groups.items():
         if chosen in name:

@@ -84,11 +84,7 @@ class Podman:
     def load(self, scene: Scene) -> None:
         """Hand the image over as an OCI layout, and find out how this host can run it."""
         say("podman: the same image")
-        layout = self._base / "oci"
-        _layout(scene, layout)
-        if said := tried([*self._program, "pull", "--quiet", f"oci:{layout}"]):
-            raise RuntimeError(f"podman pull: {said}")
-        shutil.rmtree(layout)
+        self.take(scene)
         limits = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1000:1000"]
         said = ""
         for network in ([], ["--network=none"]):
@@ -102,6 +98,25 @@ class Podman:
                         self.said = " ".join(["podman", *self._options]).replace(f"--runtime={runtime}", runtime)
                         return
         raise RuntimeError(f"podman run: {said}")
+
+    def take(self, scene: Scene) -> None:
+        """Hand over the scene's image as an OCI layout. Raises RuntimeError."""
+        layout = self._base / "oci"
+        _layout(scene, layout)
+        said = tried([*self._program, "pull", "--quiet", f"oci:{layout}"])
+        shutil.rmtree(layout)
+        if said:
+            raise RuntimeError(f"podman pull: {said}")
+
+    def build(self, *words: str) -> list[str]:
+        """A command line that builds from a Containerfile."""
+        runtime, *rest = self._options
+        limits = [word for word in rest if not word.startswith("--network")]
+        return [*self._program, runtime, "build", *limits, *words]
+
+    def save(self, image: str, path: str) -> list[str]:
+        """A command line that writes an image in Docker's form."""
+        return [*self._program, "save", "--output", path, image]
 
     def run(self, *options: str, command: Sequence[str]) -> list[str]:
         """A command line."""

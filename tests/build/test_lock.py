@@ -48,6 +48,8 @@ WRONG = [
     ("version = ", "Invalid value"),
     (lock.write(lock.new(1, "x", STEPS)).replace(SHA, SHA[:-1]), "matching regex"),
     (lock.write(lock.new(1, "x", STEPS)).replace("six-1-py3", "../six-1-py3"), "matching regex"),
+    (lock.write(lock.new(1, "x", STEPS)).replace('name = "six"', 'name = "/root/.ssh"'), "matching regex"),
+    (lock.write(lock.new(1, "x", STEPS)).replace('name = "six"', 'name = ".."'), "matching regex"),
     (lock.write(lock.new(1, "x", STEPS)).replace("main/g", "main/../../g"), "matching regex"),
     (lock.write(lock.new(1, "x", STEPS)).replace("asks", "aks"), "unknown field `aks`"),
 ]

@@ -55,7 +55,7 @@ def test_a_project_with_its_lock(tmp_path):
         ("requirements", "-r other.txt\n", "line 1: -r is not understood"),
         ("requirements", "six\n--index-url https://x\n", "line 2: --index-url is not understood"),
         ("requirements", "six\n./here\n", "'./here' is no Python requirement"),
-        ("pylock", '[[packages]]\nname = "x"\nvcs = {}\n', "x has no version"),
+        ("pylock", '[[packages]]\nname = "x"\nvcs = {}\n', "x has no version of an index"),
         ("pylock", "= 1", "Invalid statement"),
     ],
 )
@@ -64,6 +64,18 @@ def test_what_is_wrong_in_a_file_is_named(tmp_path, file, content, said):
     with pytest.raises(InvalidInput) as caught:
         load(tmp_path, f'[python]\n{file} = "file"\n')
     assert said in str(caught.value)
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "requirements.txt").write_bytes("six\n".encode("utf-16"))
+    with pytest.raises(InvalidInput, match="not UTF-8 at byte 0"):
+        load(tmp_path, '[python]\nrequirements = "requirements.txt"\n')
+
+
+def test_a_kernel_whose_packages_stand_in_a_file(tmp_path):
+    (tmp_path / "requirements.txt").write_text("ipykernel\n")
+    found = load(tmp_path, '[python]\nrequirements = "requirements.txt"\n[kernel]\ndisplay_name = "X"\n')
+    assert found.kernel_spec().display_name == "X"
 
 
 def test_no_file_from_elsewhere(tmp_path):

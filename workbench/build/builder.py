@@ -26,7 +26,7 @@ from workbench.build import debian, plan
 from workbench.build import lock as locks
 from workbench.build import recipe as recipes
 from workbench.build.cache import Cache
-from workbench.build.fetch import Fetcher, Unavailable
+from workbench.build.fetch import Fetcher, Unavailable, Unreachable
 from workbench.build.lock import StepLock
 from workbench.build.news import Progress, explain
 from workbench.build.pins import beside
@@ -69,15 +69,19 @@ _PLAIN = Options()
 
 def build(
     folder: Path, *, store: Store, refs: Refs, containers: Containers, settings: Callable[[str], Settings],
-    progress: Progress, name: str | None = None, options: Options = _PLAIN,
+    progress: Progress, name: str | None = None, options: Options = _PLAIN, above: tuple[str, ...] = (),
 ) -> Built:  # fmt: skip
     """Build the recipe of a folder and point ``name`` (default: the recipe's own; empty for none) at the image.
 
     settings: by Debian suite (empty for none known): what the host offers to the steps; none of it stays in a
     layer. progress: gets lines; those that begin with two spaces are passing news. Raises BuildFailed for a step
     that ends badly (what was built before it stays cached), HostLacks, LaunchFailed, InvalidInput for a lock of
-    another recipe. Ctrl-C ends the running step and leaves nothing of it.
+    another recipe. Ctrl-C ends the running step and leaves nothing of it. above: folders of the recipes that stand
+    on this one.
     """
+    here = os.path.realpath(folder)
+    if here in above:
+        raise InvalidInput("build a recipe", f"{folder} stands on itself", "correct base.recipe")
     recipe = recipes.load(folder)
     _room(store)
 
@@ -90,7 +94,7 @@ def build(
         )  # fmt: skip
         return build(
             path, store=store, refs=refs, containers=containers, settings=settings, progress=progress, name="",
-            options=own,
+            options=own, above=(*above, here),
         ).image  # fmt: skip
 
     with store.lease() as held, ExitStack() as stack:
@@ -99,6 +103,8 @@ def build(
         downloads = stack.enter_context(cache.downloads())
         base = plan.below(recipe, folder, options, store, refs, below)
         suite = recipe.base.suite or (dict(base[1].labels).get(SUITE_LABEL, "") if base else "")
+        if suite not in recipes.SUITES:  # an image says it: no address of the host's may come of that
+            suite = ""
         offered = settings(suite)
         fetcher = Fetcher(
             downloads / "sha256", stack.enter_context(store.staging()), offered, progress,
@@ -164,8 +170,9 @@ class _Build(Workplace):
         self.layers += image.diff_ids
         self.history += self.store.history(image.id)
         self.locked.append(locked)
+        self.trusted = False
         if not self.epoch:  # what stands on the same image with the same packages is the same, whenever it is built
-            self.epoch = int(datetime.fromisoformat(image.created.replace("Z", "+00:00")).timestamp())
+            self.epoch = _seconds(image.created)
 
     def all(self) -> Built:
         has_python = self.newest("usr/bin/python3") is not None
@@ -210,6 +217,8 @@ class _Build(Workplace):
             files = step.files(locked, self, every=True)
             taken = self.fetcher.take(files)
             for file in files:
+                if os.path.basename(file.name) != file.name:
+                    raise InvalidInput("vendor a lock's files", f"{file.name!r} is no file's name")
                 shutil.copyfile(taken[file.sha256], folder / file.name)
 
     def _match(self) -> None:
@@ -230,6 +239,7 @@ class _Build(Workplace):
             )  # fmt: skip
         for name in other:
             self.expected.pop(name, None)
+            self.renewed.append(f"step {name}, which the recipe has changed")
         if lock.machine != platform.machine():
             self.expected.clear()
 
@@ -247,6 +257,8 @@ class _Build(Workplace):
                 return self._layer(step)
             except StepFailed as failed:
                 raise self._told(step, failed) from None
+            except (Unavailable, Unreachable) as error:
+                raise BuildFailed(f"build {self.recipe.name}, step {step.name}", f"not to be had: {error}") from None
 
     def _layer(self, step: Step) -> StepLock:
         parent = self.layers[-1] if self.layers else ""
@@ -313,7 +325,7 @@ class _Build(Workplace):
                 debian.archive_time(self.suite, self.settings) if self.suite else int(time.time()) // 86400 * 86400
             )
         self.progress(f"  {step.name}: choosing versions")
-        return step.resolve(self, old)
+        return locks.checked(step.resolve(self, old))
 
     def _make(self, step: Step, locked: StepLock, wish: str) -> StepLock:
         began = time.monotonic()
@@ -420,6 +432,13 @@ class _Build(Workplace):
         found = self.newest("opt/venv/lib/python3*/site-packages/ipykernel-*.dist-info")
         version = [int(part) for part in re.findall(r"\d+", found.name)[:2]] if found else []
         return replace(kernel, supported_encryption=("curve",) if version >= [7, 3] else ())
+
+
+def _seconds(created: str) -> int:
+    """An image's own date in seconds since 1970, at least one: zero means that nobody has said it."""
+    with suppress(ValueError, OverflowError):
+        return max(1, int(datetime.fromisoformat(created.replace("Z", "+00:00")).timestamp()))
+    return 1
 
 
 def _narrower(*wanted: Network | None) -> Network | None:

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from workbench.build import lock
 from workbench.build.fetch import File
 from workbench.build.lock import StepLock
 from workbench.build.pins import beside
 from workbench.build.recipe import RunTable
 from workbench.build.steps import IN, Run, Site, count
-from workbench.model import InvalidInput, Mount
+from workbench.model import Conflict, InvalidInput, Mount
 
 # Laid out as they are to be already: only copied, each below its folder, which may be there.
 _COPY = r"""
@@ -52,8 +53,11 @@ class Files:
     def runs(self, locked: StepLock, taken: Mapping[str, Path], site: Site) -> list[Run]:
         root = site.scratch()
         for target, source in self._sources.items():
+            copied = root / target.lstrip("/")
             for path, below in _walk(source):
-                _copy(path, root / target.lstrip("/") / below if below else root / target.lstrip("/"), site.epoch)
+                _copy(path, copied / below if below else copied, site.epoch)
+            if not self.asks[target].endswith(_digest(copied)):
+                raise Conflict("copy the recipe's files", f"{source} has changed meanwhile", "build again")
         return [Run(("/bin/sh", "-c", _COPY), {}, (Mount(str(root), f"{IN}/files", read_only=True),))]
 
 
@@ -92,6 +96,9 @@ def _walk(source: Path) -> Iterator[tuple[Path, str]]:
     if source.is_dir() and not source.is_symlink():
         for folder, names, files in os.walk(source):
             names[:] = sorted(name for name in names if name not in (".git", "__pycache__", ".ipynb_checkpoints"))
+            if folder == str(source):  # of a whole recipe: not what is made for the lock from it
+                names[:] = [name for name in names if name != "vendor"]
+                files = [name for name in files if name != lock.FILE]
             for name in sorted([*names, *files]):
                 path = Path(folder, name)
                 yield path, str(path.relative_to(source))
@@ -114,7 +121,7 @@ def _digest(source: Path) -> str:
     whole = hashlib.sha256()
     for path, below in _walk(source):
         kind, mode = _kind(path)
-        content = os.readlink(path).encode() if kind == "link" else path.read_bytes() if kind == "file" else b""
+        content = os.fsencode(os.readlink(path)) if kind == "link" else path.read_bytes() if kind == "file" else b""
         head = f"{below}\0{kind}\0{mode:o}\0{len(content)}\0"
         whole.update(head.encode("utf-8", "surrogateescape") + content)
     return whole.hexdigest()

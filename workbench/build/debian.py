@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -27,7 +28,7 @@ from msgspec.structs import replace
 
 from workbench.build.fetch import File
 from workbench.build.lock import Deb, StepLock
-from workbench.build.steps import IN, OUT, Run, Site, count, hand_over
+from workbench.build.steps import IN, OUT, Run, Site, count, hand_over, read_out
 from workbench.containers.host_settings import DEBIAN, SECURITY, apt_sources
 from workbench.model import BuildFailed, Corrupt, HostLacks, Mount, Settings
 
@@ -262,8 +263,8 @@ def _resolve(
     site.try_out(step, [run])
     known = {deb.file: deb for deb in old.debian} if old else {}
     bases = (("security", mirrors.get("security", SECURITY)), ("debian", mirrors.get("debian", DEBIAN)))
-    required = frozenset((out / "required").read_text().split())
-    return tuple(_read_uris((out / "uris").read_text(), bases, known, step.name)), required
+    required = frozenset(read_out(out, "required").decode("utf-8", "replace").split())
+    return tuple(_read_uris(read_out(out, "uris").decode("utf-8", "replace"), bases, known, step.name)), required
 
 
 def _read_uris(text: str, bases: Iterable[tuple[str, str]], known: Mapping[str, Deb], step: str) -> Iterator[Deb]:
@@ -367,7 +368,7 @@ def archive_time(suite: str, settings: Settings) -> int:
     dates = []
     for line in apt_sources(suite, dict(settings.mirrors)).splitlines():
         _, address, dist, *_ = line.split()
-        with suppress(OSError, ValueError, TypeError):
+        with suppress(OSError, ValueError, TypeError, HTTPException):
             request = urllib.request.urlopen(f"{address}/dists/{dist}/InRelease", timeout=10)
             with request as answer:
                 found = re.search(rb"^Date: (.+)$", answer.read(4096), re.MULTILINE)

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from workbench.build.news import Progress
 from workbench.model import Settings, format_size
@@ -69,6 +69,7 @@ class Fetcher:
         self._lock = threading.Lock()
         self._counts = {"files": 0, "bytes": 0, "of": 0, "size": 0}
         self._began = self._said = 0.0
+        self._parts = 0
         self._ended = False
 
     def close(self) -> None:
@@ -78,8 +79,7 @@ class Fetcher:
 
     def here(self, file: File) -> Path | None:
         """Where a file is, if it is here."""
-        path = self.shelf / file.sha256
-        return path if path.exists() else None
+        return self._shelved(file)
 
     def find(self, file: File) -> Path | None:
         """Where a file is, if it is here or in the vendored folder."""
@@ -90,9 +90,9 @@ class Fetcher:
     def adopt(self, path: Path) -> tuple[str, int]:
         """Keep a copy of a file that was made here: its sha256 and size (bytes)."""
         digest = _digest(path)
-        part = self._staging / f"{digest}.part"
+        part = self._part()
         shutil.copyfile(path, part)
-        os.replace(part, self.shelf / digest)
+        self._keep(part, digest)
         with self._lock:
             self._jobs.pop(digest, None)  # one that failed to fetch it
         return digest, path.stat().st_size
@@ -140,27 +140,43 @@ class Fetcher:
             return found
         if self._offline:
             raise Unreachable(f"there is no {self._vendored / file.name}" if self._vendored else "it is not here")
-        part = self._download(file, self._staging / f"{file.sha256}.part")
-        os.replace(part, self.shelf / file.sha256)
+        self._keep(self._download(file, self._part()), file.sha256)
         with self._lock:
             self._counts["files"] += 1
         self._tell(0)
         return self.shelf / file.sha256
 
     def _local(self, file: File) -> Path | None:
-        target = self.shelf / file.sha256
-        if target.exists():
+        if (target := self._shelved(file)) is not None:
             return target
         source = self._vendored / file.name if self._vendored else None
         if source is None or not source.is_file():
             return None
-        part = self._staging / f"{file.sha256}.copy"
+        part = self._part()
         shutil.copyfile(source, part)
         if _digest(part) != file.sha256:
             part.unlink()
             raise Unreachable(f"{source} has another content")
-        os.replace(part, target)
-        return target
+        return self._keep(part, file.sha256)
+
+    def _shelved(self, file: File) -> Path | None:
+        """The file on the shelf, as long as it should be: after a loss of power it may not be."""
+        path = self.shelf / file.sha256
+        try:
+            return path if path.stat().st_size == file.size else None
+        except FileNotFoundError:
+            return None
+
+    def _part(self) -> Path:
+        """A name of one's own for what is on its way: the same file may be wanted twice at once."""
+        with self._lock:
+            self._parts += 1
+            return self._staging / f"{self._parts}.part"
+
+    def _keep(self, part: Path, sha256: str) -> Path:
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        return part.replace(self.shelf / sha256)
 
     def _download(self, file: File, part: Path) -> Path:
         reason = "nobody offers it"
@@ -217,6 +233,8 @@ class Web:
         self._bundle = next((source for source, _ in settings.files), None)
         self._proxies = {
             name.lower().removesuffix("_proxy"): value
+            if "://" in value or name.lower() == "no_proxy"
+            else f"http://{value}"
             for name, value in settings.env
             if name.lower().endswith("_proxy")
         }
@@ -289,7 +307,7 @@ def _without_login(address: str) -> tuple[str, str]:
     """An address without the name and password in it, and those."""
     parts = urlsplit(address)
     login, at, host = parts.netloc.rpartition("@")
-    return (urlunsplit(parts._replace(netloc=host)), login) if at else (address, "")
+    return (urlunsplit(parts._replace(netloc=host)), unquote(login)) if at else (address, "")
 
 
 def shown(address: str) -> str:

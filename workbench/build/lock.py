@@ -26,6 +26,10 @@ Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 _DIFF_ID = r"^(?:sha256:[0-9a-f]{64})?\Z"
 #: A file's own name, and nothing that leads elsewhere.
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9+._~%:!-]*\Z")]
+DebName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9+.-]+\Z")]
+Project = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]+(?:-[a-z0-9]+)*\Z")]
+Version = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9+._~:!-]*\Z")]
+Size = Annotated[int, msgspec.Meta(gt=0)]
 Path_ = Annotated[
     str, msgspec.Meta(pattern=r"^(?:debian|security)/pool/(?:[A-Za-z0-9][A-Za-z0-9+._~%:-]*/)+[^/\s]+\.deb\Z")
 ]
@@ -37,11 +41,11 @@ class Deb(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     priority: the archive's, where a base is made of it.
     """
 
-    name: str
-    version: str
-    arch: str
+    name: DebName
+    version: Version
+    arch: Name
     sha256: Sha256
-    size: int
+    size: Size
     path: Path_
     priority: Literal["", "required"] = ""
 
@@ -56,17 +60,17 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     file: Name
     sha256: Sha256
-    size: int
+    size: Size
 
 
 class Wheel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A Python distribution as its one wheel. source: what it was built from, where no index offers it."""
 
-    name: str
-    version: str
+    name: Project
+    version: Version
     file: Name
     sha256: Sha256
-    size: int
+    size: Size
     source: Source | None = None
 
 
@@ -117,6 +121,14 @@ class Lock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def step(self, name: str) -> StepLock | None:
         """The step of that name."""
         return next((step for step in self.steps if step.name == name), None)
+
+
+def checked(step: StepLock) -> StepLock:
+    """A step as it was chosen, held against what a lock may say: its names become paths. Raises InvalidInput."""
+    try:
+        return msgspec.convert(msgspec.to_builtins(step), StepLock)
+    except msgspec.ValidationError as error:
+        raise InvalidInput(f"lock step {step.name}", str(error), "name other packages") from None
 
 
 def new(epoch: int, machine: str, steps: tuple[StepLock, ...]) -> Lock:

@@ -35,14 +35,14 @@ def beside(folder: Path, text: str, key: str) -> Path:
     path = folder / text
     if not path.exists():
         raise NotFound("read a recipe", f"{key}: there is no {path}", "correct the name")
-    if not os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep) and text != ".":
+    if not (os.path.realpath(path) + os.sep).startswith(os.path.realpath(folder) + os.sep):
         raise InvalidInput("read a recipe", f"{key}: {path} leads out of the recipe's folder", "copy it there")
     return path
 
 
 def requirements(path: Path) -> Iterator[str]:
     """The requirements of a file as pip reads it, without the options that name indexes or other files."""
-    text = re.sub(r"\\\n", " ", path.read_text("utf-8"))
+    text = re.sub(r"\\\n", " ", text_of(path))
     for number, raw in enumerate(text.splitlines(), 1):
         line = re.sub(r"(^|\s)#.*", "", raw).strip()
         line = re.sub(r"\s--hash=\S+", "", line).strip()  # the recipe's own lock has them
@@ -55,9 +55,11 @@ def requirements(path: Path) -> Iterator[str]:
 def pylock(path: Path) -> Iterator[str]:
     """Each package of a pylock.toml with its version and where it applies (PEP 751)."""
     for entry in _toml(path).get("packages", ()):
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            _fail(path, 0, "a package has no name", "write it anew with the tool that made it")
         version = entry.get("version")
-        if version is None:
-            _fail(path, 0, f"{entry.get('name')} has no version", "name only packages of an index")
+        if version is None or "vcs" in entry or "directory" in entry:
+            _fail(path, 0, f"{entry['name']} has no version of an index", "name only packages of an index")
         marker = f" ; {entry['marker']}" if entry.get("marker") else ""
         yield f"{entry['name']}=={version}{marker}"
 
@@ -84,10 +86,20 @@ def project(path: Path) -> Iterator[str]:
             yield line.strip()
 
 
+def text_of(path: Path) -> str:
+    """A file's text. Raises InvalidInput for what is none."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInput("read a recipe", f"{path}: not UTF-8 at byte {error.start}", "save it as UTF-8") from None
+    except OSError as error:
+        raise InvalidInput("read a recipe", f"{path}: {error.strerror}") from None
+
+
 def _toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(text_of(path))
+    except tomllib.TOMLDecodeError as error:
         raise InvalidInput("read a recipe", f"{path}: {error}") from None
 
 

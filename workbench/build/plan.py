@@ -87,7 +87,8 @@ def below(
         image = archive.load(store, folder / base.archive)
     else:
         expected = options.lock.step("base") if options.lock else None
-        image = store.image(expected.image if expected and expected.image else refs.resolve(base.image or ""))
+        known = expected.image if expected and expected.asks == asks else ""
+        image = store.image(known or refs.resolve(base.image or ""))
     return StepLock("base", asks, image=image.id, diff_id=image.diff_ids[-1] if image.diff_ids else ""), image
 
 

@@ -172,7 +172,7 @@ def load(folder: str | Path) -> Recipe:
     ``python.packages`` then. A folder in the form of repo2docker is read as that. Raises NotFound for a folder or
     file that is not there and InvalidInput for everything that it says wrong.
     """
-    from workbench.build import pins, repo2docker
+    from workbench.build import repo2docker
 
     path = Path(folder)
     if path.name != FILE or path.is_dir():
@@ -190,16 +190,16 @@ def load(folder: str | Path) -> Recipe:
         raise InvalidInput("read a recipe", f"{path}: not UTF-8 at byte {error.start}") from None
     except OSError as error:
         raise InvalidInput("read a recipe", f"{path}: {error.strerror}") from None
-    found = parse(text, str(path))
-    packages = pins.gather(found.python, path)
-    if packages != found.python.packages:
-        found = msgspec.structs.replace(found, python=msgspec.structs.replace(found.python, packages=packages))
-        _Check(str(path)).values(found)
-    return found
+    return parse(text, str(path), path)
 
 
-def parse(content: str | dict[str, Any], where: str = FILE) -> Recipe:
-    """A recipe from the text of its file or its plain values; ``where`` is named in errors. Raises InvalidInput."""
+def parse(content: str | dict[str, Any], where: str = FILE, path: Path | None = None) -> Recipe:
+    """A recipe from the text of its file or its plain values. Raises InvalidInput.
+
+    where: what errors name; path: the file, beside which requirements are looked for.
+    """
+    from workbench.build import pins
+
     try:
         data = tomllib.loads(content) if isinstance(content, str) else content
     except tomllib.TOMLDecodeError as error:
@@ -210,6 +210,9 @@ def parse(content: str | dict[str, Any], where: str = FILE) -> Recipe:
         recipe = msgspec.convert(data, Recipe, strict=True)
     except msgspec.ValidationError as error:
         check.shape(str(error))
+    if path is not None:
+        packages = pins.gather(recipe.python, path)
+        recipe = msgspec.structs.replace(recipe, python=msgspec.structs.replace(recipe.python, packages=packages))
     check.values(recipe)
     return recipe
 
@@ -419,7 +422,8 @@ def shipped() -> dict[str, Path]:
 def find(text: str) -> Path:
     """The folder that a person means: one that exists, or the name of a shipped recipe. Raises NotFound."""
     if os.path.exists(text):
-        return Path(text)
+        path = Path(text)
+        return path.parent if path.name == FILE and not path.is_dir() else path
     known = shipped()
     if text in known:
         return known[text]

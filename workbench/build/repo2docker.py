@@ -81,13 +81,13 @@ def _place(folder: Path) -> Path:
 
 
 def _lines(path: Path) -> list[str]:
-    lines = (line.partition("#")[0].strip() for line in path.read_text("utf-8").splitlines())
+    lines = (line.partition("#")[0].strip() for line in pins.text_of(path).splitlines())
     return [word for line in lines for word in line.split()]
 
 
 def _runtime(path: Path, data: dict[str, Any]) -> str:
     """runtime.txt: ``python-3.11`` or ``r-4.2-2023-01-01``; the language."""
-    text = path.read_text("utf-8").strip()
+    text = pins.text_of(path).strip()
     if found := re.fullmatch(r"python-(3\.\d+)(?:\.\d+)?", text):
         suite = next((suite for suite, version in SUITES.items() if version == found[1]), None)
         if suite is None:

@@ -25,6 +25,7 @@ class Workplace:
     ) -> None:  # fmt: skip
         self.suite, self.settings, self.fetcher, self.uv_cache = suite, settings, fetcher, uv_cache
         self.epoch = 0
+        self.trusted = True
         self.layers: list[str] = []
         self.staging = Path()
         self._store, self._containers, self._progress = store, containers, progress

@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import platform
+import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any, Protocol
 from workbench.build.fetch import Fetcher, File
 from workbench.build.lock import StepLock
 from workbench.build.recipe import Recipe
-from workbench.model import Exit, Mount, Network, Settings
+from workbench.model import BuildFailed, Exit, InvalidInput, Mount, Network, Settings
 
 VENV = "/opt/venv"
 PATH = f"{VENV}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -55,6 +57,8 @@ class Site(Protocol):
     settings: Settings
     fetcher: Fetcher
     uv_cache: Path
+    #: Whether all below is made of Debian's packages alone.
+    trusted: bool
 
     def scratch(self) -> Path:
         """A new folder of the host, gone when the step is over."""
@@ -106,15 +110,40 @@ def _hash(parts: dict[str, Any], step: Step, parent: str, epoch: int) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def read_out(folder: Path, name: str, limit: int = 64 << 20) -> bytes:
+    """A file that a container left in its OUT. Code inside may have put anything there instead. Raises BuildFailed."""
+    tried = "read what a step chose"
+    try:
+        fd = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise BuildFailed(tried, f"{name}: {error.strerror}") from None
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
+            raise BuildFailed(tried, f"{name} is no file of a sensible size", "do not trust what builds it")
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(limit)
+    finally:
+        os.close(fd)
+
+
 def hand_over(folder: Path, files: Mapping[str, Path]) -> None:
-    """Put files into a folder under other names (relative paths), without a copy where the disk allows it."""
+    """Put files into a folder under other names (relative paths), without a copy where the disk allows it.
+
+    Nothing that is there is overwritten; a name that leads out of the folder is refused. Raises InvalidInput.
+    """
     for name, source in files.items():
+        if name.startswith("/") or ".." in name.split("/"):
+            raise InvalidInput("lay out a step's files", f"{name!r} leads elsewhere", "do not trust that recipe")
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(source, target)
+        except FileExistsError:
+            continue  # named twice
         except OSError:
-            target.write_bytes(source.read_bytes())
+            with open(source, "rb") as content, open(target, "xb") as copy:
+                shutil.copyfileobj(content, copy)
 
 
 def step_environment(epoch: int) -> dict[str, str]:

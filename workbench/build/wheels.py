@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
+from msgspec.structs import replace
+
 from workbench.build.fetch import File, Unreachable, Web
 from workbench.build.lock import Source, StepLock, Wheel
-from workbench.build.steps import IN, OUT, Run, Site, StepFailed, count, hand_over
+from workbench.build.steps import IN, OUT, Run, Site, StepFailed, count, hand_over, read_out
 from workbench.model import BuildFailed, HostLacks, Mount, Settings
 
 _UV = f"{IN}/uv"
@@ -155,13 +157,13 @@ class Python:
             found = self._compile(site, old, host, version, out, build=True)
         for entry in found:
             self._as_indexed(site, entry)
-        below = {name for name, _ in _pins((out / "below.txt").read_text())}
+        below = {name for name, _ in _pins(read_out(out, "below.txt").decode("utf-8", "replace"))}
         wheels = []
         for entry in found:
             if _normal(entry["name"]) in below:
                 continue
-            wheels.append(self._choose(entry) or self._build(site, entry, host))
-        tool = next((self._choose(entry) for entry in _entries(out / "pylock.tool.toml")), None)
+            wheels.append(self._choose(entry, site) or self._build(site, entry, host))
+        tool = next((self._choose(entry, site) for entry in _entries(out, "pylock.tool.toml")), None)
         return StepLock(self.name, self.asks, version, wheels=tuple(wheels), tool=tool)
 
     def _compile(
@@ -169,12 +171,15 @@ class Python:
     ) -> list[dict[str, Any]]:
         for name in ("pylock.toml", "pylock.tool.toml", "below.txt"):
             (out / name).unlink(missing_ok=True)
+        # Only Debian's own programs get the cache that other builds read: not the code of a package that is built, nor
+        # an image that somebody else made.
+        shared = site.trusted and not build
         env = _environment() | {
             "UV_VERSION": version.split()[-1], "NO_BUILD": "" if build else "--no-build",
-            "UV_CACHE_DIR": "/tmp/uv-cache" if build else _UV_CACHE,
+            "UV_CACHE_DIR": _UV_CACHE if shared else "/tmp/uv-cache",
         }  # fmt: skip
         mounts = [Mount(uv, _UV, read_only=True), Mount(str(out), OUT)]
-        if not build:  # code of a package runs where one is built: it gets no cache of others
+        if shared:
             mounts.append(Mount(str(site.uv_cache), _UV_CACHE))
         if old is not None:
             kept = site.scratch() / "old.toml"
@@ -182,8 +187,8 @@ class Python:
             mounts.append(Mount(str(kept), f"{IN}/old.toml", read_only=True))
         argv = ("/bin/sh", "-c", _RESOLVE, "resolve", _UV, *self.asks["packages"], "pip")
         site.try_out(self, [Run(argv, env, tuple(mounts), network="outbound")])
-        self._python = _requires(out / "pylock.toml")
-        return _entries(out / "pylock.toml")
+        self._python = _requires(out, "pylock.toml")
+        return _entries(out, "pylock.toml")
 
     def _as_indexed(self, site: Site, entry: dict[str, Any]) -> None:
         """What the recipe names by its address, in the form of what an index offers."""
@@ -194,7 +199,7 @@ class Python:
             found = {"url": url, "size": size, "hashes": {"sha256": sha256}}
             entry |= {"wheels": [found]} if _file_name(url).endswith(".whl") else {"sdist": found}
 
-    def _choose(self, entry: Mapping[str, Any]) -> Wheel | None:
+    def _choose(self, entry: Mapping[str, Any], site: Site) -> Wheel | None:
         """The wheel that an installer would take of those that uv lists, all of which fit."""
         from packaging.tags import compatible_tags, cpython_tags
         from packaging.utils import parse_wheel_filename
@@ -218,8 +223,11 @@ class Python:
                 best = number, made, wheel["url"]
         if best is None:
             return None
-        self._known[best[1].sha256] = best[2]
-        return best[1]
+        _, chosen, url = best
+        self._known[chosen.sha256] = url
+        if not chosen.size:  # an index need not tell
+            chosen = replace(chosen, size=site.fetcher.web.size(url))
+        return chosen
 
     def _build(self, site: Site, entry: Mapping[str, Any], uv: str) -> Wheel:
         """A wheel from a source distribution, built by what that asks for itself."""
@@ -228,7 +236,7 @@ class Python:
         if not sdist:
             raise BuildFailed("build a Python package", f"{name} has neither a wheel nor a source archive")
         file = sdist.get("name") or _file_name(sdist["url"])
-        source = Source(file, sdist["hashes"]["sha256"], int(sdist["size"]))
+        source = Source(file, sdist["hashes"]["sha256"], int(sdist.get("size") or site.fetcher.web.size(sdist["url"])))
         self._known[source.sha256] = sdist["url"]
         made = self._made(site, name, version, source, uv)
         digest, size = site.fetcher.adopt(made)
@@ -240,10 +248,19 @@ class Python:
         into, out = site.scratch(), site.scratch()
         hand_over(into, {source.file: taken[source.sha256]})
         env = _environment() | {"UV_CACHE_DIR": "/tmp/uv-cache"}
-        mounts = (Mount(uv, _UV, read_only=True), Mount(str(into), f"{IN}/source"), Mount(str(out), OUT))
+        mounts = (
+            Mount(uv, _UV, read_only=True),
+            Mount(str(into), f"{IN}/source", read_only=True),
+            Mount(str(out), OUT),
+        )
         argv = ("/bin/sh", "-c", _BUILD, "build", _UV, f"{IN}/source/{source.file}")
         site.try_out(self, [Run(argv, env, mounts, network="outbound")])
-        return next(out.glob("*.whl"))
+        names = [name for name in os.listdir(out) if name.endswith(".whl")]
+        if len(names) != 1:
+            raise BuildFailed(f"build {name} {version} from source", f"it gave {len(names)} wheels")
+        made = site.scratch() / names[0]
+        made.write_bytes(read_out(out, names[0], limit=4 << 30))
+        return made
 
     def prepare(self, locked: StepLock, site: Site) -> None:
         """Build again the wheels of the lock that come from source and are nowhere to be had."""
@@ -313,14 +330,22 @@ def _environment() -> dict[str, str]:
     return {"UV_NO_CONFIG": "1", "UV_PYTHON_DOWNLOADS": "never", "UV_NO_PROGRESS": "1", "UV_LINK_MODE": "copy"}
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
-    """The packages of a pylock.toml (PEP 751)."""
-    entries: list[dict[str, Any]] = tomllib.loads(path.read_text("utf-8")).get("packages", [])
+def _pylock(out: Path, name: str) -> dict[str, Any]:
+    """What uv wrote (PEP 751). Raises BuildFailed."""
+    try:
+        return tomllib.loads(read_out(out, name).decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BuildFailed("read what uv chose", f"{name}: {error}") from None
+
+
+def _entries(out: Path, name: str) -> list[dict[str, Any]]:
+    """The packages of a pylock.toml."""
+    entries: list[dict[str, Any]] = _pylock(out, name).get("packages", [])
     return entries
 
 
-def _requires(path: Path) -> list[int]:
-    found = tomllib.loads(path.read_text("utf-8"))["requires-python"]
+def _requires(out: Path, name: str) -> list[int]:
+    found = _pylock(out, name).get("requires-python", "")
     return [int(part) for part in re.findall(r"\d+", found)[:2]]
 
 

@@ -74,7 +74,7 @@ def build(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     )
     row = {
         "name": name, "id": image.id, "kernelspec": kernel, "seconds": round(seconds(), 3), "locked": built.locked,
-        "identical": built.locked and not built.differences, "differences": built.differences,
+        "identical": built.locked and not built.differences and not built.renewed, "differences": built.differences,
         "renewed": built.renewed,
     }  # fmt: skip
     if options.json:

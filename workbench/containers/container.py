@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -215,20 +215,24 @@ class Containers:
         The folder stays for the caller, who may run another over the same writable layer. Ctrl-C kills the
         container and is raised again.
         """
-        container = self.create(spec, image="", folder=folder)
-        started = container.start(stdio)
+        container: Container | None = None
         try:
+            with _uninterrupted():  # half made, nobody would take it away again
+                container = self.create(spec, image="", folder=folder)
+                started = container.start(stdio)
             started.result()
             return container.exited.result()
         except BaseException:
-            with suppress(WorkbenchError):
-                started.result()  # a start that is under way cannot be called back, only ended
-            container.kill()
-            container.exited.result()
+            if container is not None:
+                with suppress(WorkbenchError):
+                    started.result()  # a start that is under way cannot be called back, only ended
+                container.kill()
+                container.exited.result()
             raise
         finally:
-            state.remove_run_dir(container.run_dir)
-            container._close()
+            if container is not None:
+                state.remove_run_dir(container.run_dir)
+                container._close()
 
     def __iter__(self) -> Iterator[Container]:
         """Each container, oldest name first; what is being removed or half made is passed over."""
@@ -288,6 +292,25 @@ class Containers:
     def close(self) -> None:
         """End the helper, and with it what it runs."""
         self.helper.close()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until this is over, where it would raise KeyboardInterrupt: in the main thread."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _alive(maker: Any) -> bool:

@@ -18,7 +18,7 @@ from workbench.containers.relay import Relay, port
 from workbench.linux import syscalls as sc
 
 #: Seconds that clients have to take what a kernel said before its end.
-PATIENCE = 1.0
+PATIENCE = 0.5
 
 
 class Forward:
@@ -33,12 +33,17 @@ class Forward:
         channels = [(_listen(os.path.join(run_dir, name)), str(number)) for name, number in names]
         reading, writing = os.pipe2(os.O_CLOEXEC)
         parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            _serve(parent, target, channels, reading, writing)
-        for listener, _ in channels:
-            listener.close()
-        os.close(reading)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                _serve(parent, target, channels, reading, writing)
+        except OSError:
+            os.close(writing)
+            raise
+        finally:
+            for listener, _ in channels:
+                listener.close()
+            os.close(reading)
         return cls(pid, writing)
 
     def stop(self) -> None:

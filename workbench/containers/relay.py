@@ -396,7 +396,8 @@ def port(number: str) -> socket.socket | None:
     """Reaches a TCP port of this network namespace's loopback."""
     kernel = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
-        kernel.connect(("127.0.0.1", int(number)))  # at once: there is no way to go
+        kernel.settimeout(0.2)  # at once, there is no way to go; unless the kernel's queue is full
+        kernel.connect(("127.0.0.1", int(number)))
         kernel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         kernel.setblocking(False)
     except OSError:

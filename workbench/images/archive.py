@@ -12,7 +12,10 @@ import hashlib
 import json
 import os
 import platform
+import shutil
+import stat
 import tarfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +24,14 @@ from typing import IO, Any, cast
 from workbench.images import config
 from workbench.images.files import clear_errors
 from workbench.images.store import Store
-from workbench.model import Corrupt, Image, InvalidInput, NotFound
+from workbench.model import Corrupt, HostLacks, Image, InvalidInput, NotFound
 
 _TRIED = "read an image's archive"
 _CHUNK = 1 << 20
+#: Files of an archive: a layer is one, and overlayfs takes some hundred.
+_MEMBERS = 10_000
+#: Bytes of the disk that stay free.
+_SPARE = 256 << 20
 _INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
 
 
@@ -44,7 +51,7 @@ def load(store: Store, path: Path | str, ref: str = "") -> Image:
                 data, layers = _of_docker(source, ref)
             else:
                 raise InvalidInput(_TRIED, f"{path} holds neither index.json nor manifest.json", "give an OCI archive")
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise Corrupt(_TRIED, f"{path}: its manifest is malformed ({error!r})", "get it again") from None
         wanted = config.decode(data).diff_ids
         if len(wanted) != len(layers):
@@ -96,7 +103,11 @@ def _unpack(source: _Source, name: str, digest: str, target: Path) -> None:
     """A layer's blob as a plain tar; the blob is held against its digest, where there is one."""
     with source.open(name) as file, open(target, "wb") as out:
         checked = _Checked(file)
+        room = shutil.disk_usage(target.parent).free - _SPARE
         for chunk in _plain(checked):
+            room -= len(chunk)
+            if room < 0:  # before the disk is full for everybody
+                raise HostLacks(_TRIED, "its layers unpack to more than the disk has left", "free some, or distrust it")
             out.write(chunk)
         checked.rest()
     if digest and checked.digest != digest:
@@ -115,7 +126,8 @@ class _Checked:
 
     def read(self, size: int = -1) -> bytes:
         if self._ahead:
-            ahead, self._ahead = self._ahead, b""
+            cut = len(self._ahead) if size < 0 else size
+            ahead, self._ahead = self._ahead[:cut], self._ahead[cut:]
             return ahead
         data = self._file.read(size)
         self._hash.update(data)
@@ -141,16 +153,20 @@ def _plain(file: _Checked) -> Iterator[bytes]:
     try:
         while data := reader.read(_CHUNK):
             yield data
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, _zstd_module().ZstdError) as error:
         raise Corrupt(_TRIED, f"a layer is broken ({error})", "get the archive again") from None
 
 
-def _zstd(file: _Checked) -> Any:
+def _zstd_module() -> Any:
     try:
         from compression import zstd  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         from backports import zstd  # type: ignore[no-redef, unused-ignore]
-    return zstd.ZstdFile(cast(IO[bytes], file))
+    return zstd
+
+
+def _zstd(file: _Checked) -> Any:
+    return _zstd_module().ZstdFile(file)
 
 
 # Where it is read from
@@ -182,15 +198,38 @@ class _Folder(_Source):
 
     def open(self, name: str) -> IO[bytes]:
         try:
-            return open(self._path / _inside(name), "rb")
-        except FileNotFoundError:
+            fd = os.open(self._path / _inside(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
             raise Corrupt(_TRIED, f"it lacks {name}", "get the archive again") from None
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise Corrupt(_TRIED, f"{name} is no file", "do not trust it")
+        return open(fd, "rb")
+
+
+class _Plain(tarfile.TarInfo):
+    """A header whose extensions (pax(1)) are not read into memory when they are larger than any in use."""
+
+    def _proc_pax(self, archive: tarfile.TarFile) -> Any:
+        return self._small()._proc_pax(archive)
+
+    def _proc_gnulong(self, archive: tarfile.TarFile) -> Any:
+        return self._small()._proc_gnulong(archive)
+
+    def _small(self) -> Any:
+        if self.size > config.MAX_SIZE:
+            raise InvalidInput(_TRIED, f"one of its headers takes {self.size} bytes", "do not trust it")
+        return super()
 
 
 class _Tar(_Source):
     def __init__(self, archive: tarfile.TarFile) -> None:
         self._archive = archive
-        self._members = {os.path.normpath(member.name): member for member in archive}
+        self._members: dict[str, tarfile.TarInfo] = {}
+        for member in archive:
+            if len(self._members) >= _MEMBERS:
+                raise InvalidInput(_TRIED, f"it holds more than {_MEMBERS} files", "get another archive")
+            self._members[os.path.normpath(member.name)] = member
 
     def has(self, name: str) -> bool:
         return name in self._members
@@ -216,9 +255,9 @@ def _open(path: Path) -> Iterator[_Source]:
     if not path.exists():
         raise NotFound(_TRIED, f"there is no {path}", "correct the name")
     try:
-        with tarfile.open(path, "r:*") as archive:
+        with tarfile.open(path, "r:", tarinfo=_Plain) as archive:
             yield _Tar(archive)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, EOFError) as error:
         raise InvalidInput(_TRIED, f"{path} is no tar archive ({error})", "give an OCI archive") from None
 
 

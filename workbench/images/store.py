@@ -235,8 +235,8 @@ class Store:
     def history(self, image_id: str) -> list[dict[str, Any]]:
         """The history entries of an image's config (OCI image spec, config.md). Raises NotFound, Corrupt."""
         self.image(image_id)
-        found: list[dict[str, Any]] = json.loads(_read(self._blob(image_id)) or b"{}").get("history") or []
-        return found
+        found = json.loads(_read(self._blob(image_id)) or b"{}").get("history")
+        return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
     def images(self) -> list[Image]:
         """Every image, named or not, newest first by the date that its config gives."""

@@ -24,6 +24,8 @@ SCHEMA = Path(__file__).parent / "events" / "build.yaml"
 SCHEMA_ID = "https://events.jupyter.org/workbench/build/v1"
 #: Lines of one build, and finished builds, that are remembered.
 LINES, KEPT = 2000, 50
+#: Bytes of a line.
+LONGEST = 4096
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -53,18 +55,31 @@ class Build:
 
     async def run(self, command: list[str], environ: dict[str, str]) -> None:
         """Run it to its end, whatever that is."""
+        try:
+            await self._run(command, environ)
+        except Exception as error:  # it must not be said to run for ever
+            self.status, self.error = "failed", f"{type(error).__name__}: {error}"
+            self._tell(self.status, self.error)
+
+    async def _run(self, command: list[str], environ: dict[str, str]) -> None:
         self._tell("started")
         self._process = process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "workbench.jupyter.builds", str(os.getpid()), *command,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-            env=environ, limit=1 << 20,
+            env=environ,
         )  # fmt: skip
+        if self._cancelled:  # while it was being started
+            self.cancel()
         assert process.stdout and process.stderr
         answer = asyncio.ensure_future(process.stdout.read())
-        async for raw in process.stderr:
-            line = raw.decode(errors="replace").rstrip()
-            self.lines.append(line)
-            self._tell("progress", line)
+        rest = b""
+        while data := await process.stderr.read(1 << 16):
+            *whole, rest = (rest + data).split(b"\n")
+            rest = rest[-LONGEST:]
+            for raw in whole:
+                line = raw[:LONGEST].decode(errors="replace").rstrip()
+                self.lines.append(line)
+                self._tell("progress", line)
         code = await process.wait()
         with suppress(ValueError):
             self.result = json.loads(await answer)
@@ -136,6 +151,8 @@ def main(server: str, *command: str) -> None:
     """In the build's process: become the command line, and end as by Ctrl-C when the server does."""
     from workbench.linux import syscalls as sc
 
+    # A server that was started in the background ignores it, and what it starts would, too.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGINT)
     if os.getppid() != int(server):
         sys.exit(130)

@@ -220,13 +220,15 @@ class BuildsHandler(_BuildsHandler):
     async def post(self) -> None:
         """Begin one: ``{"recipe": …, "name": …, "refresh": …, "offline": …, "check": …}``."""
         wanted = self.get_json_body() or {}
+        if not isinstance(wanted, dict) or "\0" in json.dumps(wanted, ensure_ascii=False):
+            raise InvalidInput("begin a build", "the request is no JSON object of plain texts")
         known = {"recipe": str, "name": str, "refresh": bool, "offline": bool, "check": bool}
         for key, value in wanted.items():
             if key not in known or not isinstance(value, known[key]):
                 raise InvalidInput("begin a build", f"{key!r} is not understood", f"known are {', '.join(known)}")
         if not wanted.get("recipe"):
             raise InvalidInput("begin a build", "no recipe is named", 'give {"recipe": "…"}')
-        recipe = recipe_in(self.settings["server_root_dir"], wanted["recipe"])
+        recipe = recipe_in(os.path.expanduser(self.settings["server_root_dir"]), wanted["recipe"])
         options = [f"--{key}" for key in ("refresh", "offline", "check") if wanted.get(key)]
         options += [f"--name={wanted['name']}"] if wanted.get("name") else []
         bench = shared.workbench(self.config)

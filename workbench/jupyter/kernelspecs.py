@@ -24,6 +24,8 @@ import workbench
 from workbench.model import Conflict, Image, InvalidInput
 
 _MARK = "workbench"
+#: The variable by which a kernelspec tells the launcher what its kernels see besides: JSON, a list of texts.
+MOUNTS = "WORKBENCH_KERNEL_MOUNTS"
 
 
 def write(image_name: str, image: Image, *, logo: Path | None = None, mounts: Sequence[str] = ()) -> Path:
@@ -104,9 +106,12 @@ def _content(image_name: str, image: Image, mounts: Sequence[str]) -> dict[str, 
         },
         # kernel_protocol_version stays out: from 5.5 on Positron would want the handshake of a registration file
     }
+    env = {MOUNTS: json.dumps(list(mounts))} if mounts else {}  # the launcher sees the command line and this
     if home := _unusual_home():
         config["home"] = home
-        content["env"] = {"WORKBENCH_HOME": home}
+        env["WORKBENCH_HOME"] = home
+    if env:
+        content["env"] = env
     return content
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from workbench.containers.client import HelperClient
     from workbench.containers.container import Container
+    from workbench.model import Mount
     from workbench.workbench import Workbench
 
 #: Interrupts closer to each other than this (seconds) are one: clients signal descendants, then the launcher.
@@ -196,6 +197,7 @@ class _Launcher:
             argv=list(connection.command(kernel)),
             cwd=os.getcwd(),
             env=connection.kernel_env(os.environ),
+            mounts=_mounts(),
             forwards=connection.forwards(kernel),
             labels={"kind": "kernel", "client": "launcher"},
         )
@@ -271,6 +273,19 @@ class _Launcher:
                     with contextlib.suppress(OSError):
                         container.signal(signal.SIGINT)
                 self._interrupted = now
+
+
+def _mounts() -> list[Mount]:
+    """What the kernelspec adds. Raises InvalidInput."""
+    import json  # late, as what parses them: most kernelspecs add nothing
+
+    from workbench.containers.spec import parse_mount
+
+    text = os.environ.get("WORKBENCH_KERNEL_MOUNTS", "")  # kernelspecs.MOUNTS, without its imports
+    try:
+        return [parse_mount(each) for each in json.loads(text)] if text else []
+    except ValueError:
+        raise InvalidInput("read the kernelspec's mounts", f"{text!r} is no JSON", "build the recipe again") from None
 
 
 def listen(file: connection.ClientFile) -> list[tuple[socket.socket, str]]:

@@ -1,0 +1,77 @@
+"""What a kernelspec and a server's configuration say of a kernel; the stricter wins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from jupyter_core.paths import jupyter_data_dir
+
+from tests.jupyter.clients import run
+from tests.jupyter.conftest import Server, Start
+from workbench.jupyter import shared
+from workbench.linux import cgroup
+
+
+@pytest.fixture
+def kernelspec(image: str):
+    """Change what the kernelspec of the image says to the provisioner, for one test."""
+    path = Path(jupyter_data_dir(), "kernels", "wb-python", "kernel.json")
+    before = path.read_text()
+
+    def change(**config: object) -> None:
+        content = json.loads(before)
+        content["metadata"]["kernel_provisioner"]["config"] |= config
+        path.write_text(json.dumps(content))
+
+    yield change
+    path.write_text(before)
+
+
+def test_a_kernelspec_narrows_what_the_configuration_grants(start: Start, kernelspec, tmp_path: Path) -> None:
+    from traitlets.config import Config
+
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    kernelspec(memory="600M", processes=5000, network="none", mounts=[f"{seen}:/seen:ro"])
+    config = Config({"Workbench": {"memory": "2G", "processes": 400}})
+    _, client = start(traits={"config": config}, cwd=str(tmp_path.parent))
+    (row,) = shared.workbench(config).ps()
+    assert row["limits"] == {"memory": 600 << 20, "processes": 400, "cpus": None}
+    assert run(client, "import os; print(os.listdir('/sys/class/net'))").stdout == "['lo']\n"
+    assert run(client, "print(os.path.isdir('/seen'), os.access('/seen', os.W_OK))").stdout == "True False\n"
+
+
+def test_a_kernelspec_cannot_widen(start: Start, kernelspec) -> None:
+    from traitlets.config import Config
+
+    kernelspec(memory="600M", network="host")
+    config = Config({"Workbench": {"memory": "500M", "network": "none"}})
+    _, client = start(traits={"config": config})
+    (row,) = shared.workbench(config).ps()
+    assert (row["limits"]["memory"], row["network"]) == (500 << 20, "none")
+    assert run(client, "1").reply["status"] == "ok"
+
+
+def test_the_default_image_of_a_server(image: str, tmp_path: Path) -> None:
+    server = Server(tmp_path, config="c.Workbench.default_image = 'python'")
+    try:
+        assert server.request("/api/kernelspecs")[1]["default"] == "wb-python"
+    finally:
+        server.close()
+
+
+def test_readings_of_a_running_kernel(shared_server: Server, image: str) -> None:
+    kernel = shared_server.request("/api/kernels", "POST", {"name": "wb-python"})[1]["id"]
+    try:
+        rows = shared_server.request("/workbench/api/containers")[1]["containers"]
+        (row,) = [row for row in rows if row["labels"].get("kernel") == kernel]
+        if "memory" in cgroup.available()[1]:
+            assert row["usage"]["memory"] > 1 << 20
+            assert row["usage"]["processes"] >= 2  # its init and it
+            assert row["usage"]["cpu"] > 0
+        else:
+            assert row["usage"] is None
+    finally:
+        shared_server.request(f"/api/kernels/{kernel}", "DELETE")
