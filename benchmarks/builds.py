@@ -46,12 +46,12 @@ def builds(scene: Scene, podman: Podman | None, count: int) -> Iterator[Figure]:
             bench.close()
             userns.call("workbench.linux.trees:remove", str(home))
     yield compare("one Python package more / the cold build", [more], cold[-1:], 0.1, unit="s", scale=1)
+    yield _shared(scene)
     if podman is not None:
         theirs, size = _by_podman(scene, podman, count)
         said = f"{podman.said}, over Debian's base"
         yield compare("recipe from its lock, cold / podman build", cold, theirs, 0.5, unit="s", scale=1, against=said)
         yield compare("size of the image / podman's", sizes[:1], [size], 1, unit="MB", scale=1e-6, against=said)
-    yield _shared(scene)
 
 
 def _more(scene: Scene) -> Path:
@@ -91,7 +91,8 @@ def _by_podman(scene: Scene, podman: Podman, count: int) -> tuple[list[float], f
 def _base(scene: Scene, podman: Podman) -> str:
     """The lowest layer of our image, Debian's minimal system, as an image of podman's."""
     store = scene.workbench.store
-    data = config.encode(diff_ids=scene.image.diff_ids[:1], env=scene.image.env[:1], cmd=("/bin/sh",))
+    history = store.history(scene.image.id)[:1]  # buildah wants an entry for each layer
+    data = config.encode(diff_ids=scene.image.diff_ids[:1], env=scene.image.env[:1], cmd=("/bin/sh",), history=history)
     image = store.add_image(data)
     podman.take(replace(scene, image=image))
     return image.id.removeprefix("sha256:")
