@@ -84,7 +84,9 @@ def test_a_script_reaches_out_only_where_it_says_so(cli, image):
 
 
 def test_what_is_not_the_same_twice_is_named(cli, image):
-    folder = written("clock", SUITE + '[[run]]\nscript = "date +%N > /opt/stamp; echo same > /opt/same"\n')
+    folder = written(
+        "clock", '[base]\nimage = "python"\n' + '[[run]]\nscript = "date +%N > /opt/stamp; echo same > /opt/same"\n'
+    )
     done = cli("build", "--check", "--json", str(folder))
     assert done.code == 1
     assert json.loads(done.out)["differences"] == ["step run-1 gives another layer each time, in opt/stamp"]
