@@ -1,8 +1,11 @@
-"""``make test``: the suite as root and as an unprivileged user; any arguments go to pytest.
+"""``make test``: the suite as root and as an unprivileged user, side by side; any arguments go to pytest.
 
-Started by root: here as root, then as the account ``workbench-test``, over a wheel of this checkout.
-Started by somebody else: here as they are, then as root where sudo asks for no password; what is not covered is
+Started by root: here as root, and as the account ``workbench-test`` over a wheel of this checkout.
+Started by somebody else: here as they are, and as root where sudo asks for no password; what is not covered is
 said, and fails where CI is set in the environment.
+
+Most tests wait for something outside of Python, so that two parts take little longer than one. Tests that need the
+machine for themselves say so with the mark ``alone``, see tests/conftest.py.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ import pwd
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bootstrap import LOGS, TOP, VENV, as_root, grant_ids
@@ -34,38 +39,85 @@ PASSED_ON = (
     "NO_PROXY",
     "CI",
 )
+#: The variable that tells the parts in which folder they agree about turns; a word of a part's command.
+TURNS = "WORKBENCH_TEST_TURNS="
 #: The sources are looked at once, where they are.
 ONLY_HERE = "tests/test_house.py"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run of pytest."""
+
+    who: str
+    command: Sequence[str]
+    cwd: Path
 
 
 def main(arguments: Sequence[str]) -> int:
     """pytest's exit code of the first part that failed."""
     started = time.monotonic()
     try:
-        results = as_both(arguments) if os.geteuid() == 0 else as_user_first(arguments)
+        parts = parts_of_root(arguments) if os.geteuid() == 0 else parts_of_a_user(arguments)
     except StepError as error:
         print(f"run_tests: {error}", file=sys.stderr)
         return 1
+    results = run(parts)
     say(f"\n{'=' * 78}")
     for who, code in results.items():
         say(f"{who}: {'passed' if code == 0 else f'pytest exit code {code}'}")
+    if len(parts) == 1:
+        say("Not covered: everything that only root can do. Run `sudo make test` for it.")
     say(f"all parts: {time.monotonic() - started:.0f} s")
-    return next((code for code in results.values() if code), 0)
+    missed = len(parts) == 1 and bool(os.environ.get("CI"))
+    return next((code for code in results.values() if code), int(missed))
 
 
-def part(who: str, command: Sequence[str], cwd: Path) -> int:
-    """One run of pytest, its output shown as it comes."""
-    say(f"\n{'=' * 78}\n{who}")
-    return subprocess.run(command, cwd=cwd, check=False).returncode
+def run(parts: Sequence[Part]) -> dict[str, int]:
+    """All at once; the first one's output is shown as it comes, the others' after it, and then as it comes."""
+    with tempfile.TemporaryDirectory(prefix="tests") as folder:
+        os.chmod(folder, 0o755)
+        for name in ("turn", "gate"):
+            Path(folder, name).touch()
+        started = []
+        for number, part in enumerate(parts):
+            command = [f"{TURNS}{folder}" if word == TURNS else word for word in part.command]
+            output = open(f"{folder}/{number}", "wb") if number else None
+            process = subprocess.Popen(command, cwd=part.cwd, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
+            started.append((part, process))
+        results = {}
+        for number, (part, process) in enumerate(started):
+            say(f"\n{'=' * 78}\n{part.who}")
+            if number:
+                follow(Path(folder, str(number)), process)
+            results[part.who] = process.wait()
+    return results
 
 
-def as_both(arguments: Sequence[str]) -> dict[str, int]:
+def follow(path: Path, process: subprocess.Popen[bytes]) -> None:
+    """Show what a process wrote into a file, and writes, until it ends."""
+    with open(path, "rb") as file:
+        ended = False
+        while True:
+            if data := file.read(1 << 16):
+                sys.stdout.buffer.write(data)
+                sys.stdout.flush()
+            elif ended:
+                return
+            else:
+                ended = process.poll() is not None
+                time.sleep(0.2)
+
+
+def parts_of_root(arguments: Sequence[str]) -> list[Part]:
     """Root's way."""
     python, project = prepare_account()
-    results = {"as root": part("as root", [str(VENV / "bin" / "python"), "-m", "pytest", *arguments], TOP)}
-    command = [*as_account(python), "-m", "pytest", f"--ignore={ONLY_HERE}", *arguments]
-    results[f"as {ACCOUNT}"] = part(f"as {ACCOUNT} (sources are checked by root's part)", command, project)
-    return results
+    here = ["env", TURNS, str(VENV / "bin" / "python"), "-m", "pytest", *arguments]
+    there = [*as_account(python), "-m", "pytest", f"--ignore={ONLY_HERE}", *arguments]
+    return [
+        Part("as root", here, TOP),
+        Part(f"as {ACCOUNT} (sources are checked by root's part)", there, project),
+    ]
 
 
 def as_account(python: Path) -> list[str]:
@@ -77,25 +129,20 @@ def as_account(python: Path) -> list[str]:
         "HOME": home, "USER": ACCOUNT, "LOGNAME": ACCOUNT, "LANG": "C.UTF-8",
         "PATH": f"{python.parent}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
     }  # fmt: skip
-    words = [f"{name}={value}" for name, value in environment.items()]
+    words = [TURNS, *(f"{name}={value}" for name, value in environment.items())]
     return ["runuser", "-u", ACCOUNT, "--", "env", "-i", *words, str(python)]
 
 
-def as_user_first(arguments: Sequence[str]) -> dict[str, int]:
+def parts_of_a_user(arguments: Sequence[str]) -> list[Part]:
     """Everybody else's way."""
     python = [str(VENV / "bin" / "python"), "-m", "pytest"]
-    me = pwd.getpwuid(os.geteuid()).pw_name
-    results = {f"as {me}": part(f"as {me}", [*python, *arguments], TOP)}
+    parts = [Part(f"as {pwd.getpwuid(os.geteuid()).pw_name}", ["env", TURNS, *python, *arguments], TOP)]
     if as_root() == ["sudo", "-n"]:
         # As root, but leaving no file of root's in this checkout.
-        quiet = ["sudo", "-n", "env", "PYTHONDONTWRITEBYTECODE=1", f"CI={os.environ.get('CI', '')}"]
+        quiet = ["sudo", "-n", "env", TURNS, "PYTHONDONTWRITEBYTECODE=1", f"CI={os.environ.get('CI', '')}"]
         without = ["-p", "no:cacheprovider", f"--ignore={ONLY_HERE}"]
-        results["as root"] = part("as root, by sudo", [*quiet, *python, *without, *arguments], TOP)
-    else:
-        say("\nNot covered: everything that only root can do. Run `sudo make test` for it.")
-        if os.environ.get("CI"):
-            results["as root (not run)"] = 1
-    return results
+        parts.append(Part("as root, by sudo", [*quiet, *python, *without, *arguments], TOP))
+    return parts
 
 
 def prepare_account() -> tuple[Path, Path]:

@@ -94,6 +94,29 @@ def image(cli: Callable[..., Finished]) -> str:
     return str(json.loads(done.out)["id"])
 
 
+# --- two parts of one run, side by side ---------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test with the mark ``alone`` waits for the other part's test to end, and the other part for it.
+
+    flock(2) alone would let the other part in again and again: who waits for the whole keeps the gate shut.
+    """
+    turns = os.environ.get("WORKBENCH_TEST_TURNS")
+    if not turns:
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    with open(Path(turns, "turn")) as turn, open(Path(turns, "gate")) as gate:
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(turn, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(turn, fcntl.LOCK_UN)  # closing is not enough: a server's process may have been forked
+
+
 # --- nothing is left behind ---------------------------------------------------------------------------------
 
 #: On a machine where other people's containers come and go, what cannot be told from theirs is not looked at.
@@ -142,9 +165,10 @@ def traces() -> set[str]:
     things |= {f"staging {name}" for name in _listdir(staging) if not _dead_lease(staging / name)}
     folders = [str(BASE / "j" / "runtime"), "/run/netns"]
     if not SHARED_HOST:
-        things |= {f"link {name}" for name in os.listdir("/sys/class/net")}
+        if os.geteuid() == 0:  # nobody else makes links
+            things |= {f"link {name}" for name in os.listdir("/sys/class/net")}
         for folder, below, _ in os.walk("/sys/fs/cgroup"):
-            if "workbench" in folder:
+            if "workbench" in folder and _own(folder):
                 things.add(f"cgroup {folder}")
             if folder.count("/") > 7:
                 below.clear()
@@ -153,7 +177,15 @@ def traces() -> set[str]:
         things |= {f"/tmp/{name}" for name in _listdir("/tmp") if re.fullmatch(r"tmp\w{8}\.json", name)}
     for folder in folders:
         things |= {f"{folder}/{name}" for name in _listdir(folder) if re.match(r"workbench|wb", name)}
-    return things
+    return {thing for thing in things if not thing.startswith("/") or _own(thing)}
+
+
+def _own(path: str) -> bool:
+    """Whether it is of this account, and not of the part of the tests that runs beside this one."""
+    try:
+        return os.lstat(path).st_uid == os.geteuid()
+    except OSError:
+        return False
 
 
 def _dead_lease(path: Path) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
+import ssl
 import subprocess
 import sys
 
@@ -105,3 +107,79 @@ def test_a_wrong_certificate_file(cli):
     done = cli("doctor", "--json", SSL_CERT_FILE="/no/such/file")
     (check,) = [check for check in done.json if check["name"] == "certificates"]
     assert done.code == 1 and check["state"] == "missing" and "/no/such/file" in check["found"]
+
+
+def test_an_old_kernel(cli):
+    """What uname(2) tells of itself with the personality that some programs of old want (setarch(8))."""
+    done = subprocess.run(
+        ["setarch", "--uname-2.6", "--", sys.executable, "-m", "workbench", "doctor", "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    (check,) = [check for check in json.loads(done.stdout) if check["name"] == "kernel"]
+    assert done.returncode == 1 and check["state"] == "missing"
+    assert check["found"].startswith("Linux 2.6") and "boot Linux 5." in check["remedy"]
+
+
+@pytest.mark.skipif(ROOT, reason="root needs no range of ids")
+def test_without_the_tools_for_id_ranges(cli, tmp_path):
+    tools = ["newuidmap", "newgidmap"]
+    hidden = "\n".join(hide(f"/usr/bin/{tool}") for tool in tools)
+    code, checks = examine(hidden)
+    assert checks["id range"]["state"] == "note" and "apt-get install uidmap" in checks["id range"]["remedy"]
+    # and copies of them that have no rights
+    for tool in tools:
+        shutil.copyfile(f"/usr/bin/{tool}", tmp_path / tool)
+        (tmp_path / tool).chmod(0o755)
+    done = cli("doctor", "--json", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    (check,) = [check for check in done.json if check["name"] == "id range"]
+    assert (done.code, check["state"]) == (1, "missing") and f"chmod u+s {tmp_path}" in check["remedy"]
+
+
+def test_a_store_of_somebody_else(cli):
+    there = "/etc" if not ROOT else "/var/mail"  # nobody's own
+    if ROOT:
+        code, checks = examine("mount -t tmpfs -o uid=1 none /mnt", WORKBENCH_HOME="/mnt")
+        found = checks["store"]
+    else:
+        done = cli("doctor", "--json", WORKBENCH_HOME=there)
+        code, (found,) = done.code, [check for check in done.json if check["name"] == "store"]
+    assert code == 1 and found["state"] == "missing" and "WORKBENCH_HOME" in found["remedy"]
+    assert "belongs to uid" in found["found"]
+
+
+def test_a_store_that_cannot_be_written(tmp_path):
+    code, checks = examine(f"mount -t tmpfs -o ro none {tmp_path}", WORKBENCH_HOME=str(tmp_path / "w"))
+    assert code == 1 and checks["store"]["state"] == "missing" and "cannot be written" in checks["store"]["found"]
+    assert "WORKBENCH_HOME" in checks["store"]["remedy"]
+
+
+def test_without_control_groups():
+    code, checks = examine("mount -t tmpfs -o ro none /sys/fs/cgroup")
+    assert code == 0 and checks["limits"]["state"] == "note"
+    assert "rlimits" in checks["limits"]["found"] and "Delegate=yes" in checks["limits"]["remedy"]
+
+
+@pytest.mark.skipif(not ROOT, reason="the bridge is root's")
+def test_without_rights_over_the_network():
+    done = subprocess.run(
+        ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", "--",
+         sys.executable, "-m", "workbench", "doctor", "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    (check,) = [check for check in json.loads(done.stdout) if check["name"] == "network"]
+    assert done.returncode == 1 and check["state"] == "missing" and "CAP_NET_ADMIN" in check["remedy"]
+
+
+@pytest.mark.skipif(ROOT, reason="root's network takes no tap device")
+def test_a_tap_device_that_cannot_be_opened():
+    code, checks = examine("mount -t tmpfs none /mnt\ntouch /mnt/tun\nchmod 0 /mnt/tun\n"
+                           "mount --bind /mnt/tun /dev/net/tun")  # fmt: skip
+    assert code == 1 and checks["network"]["state"] == "missing" and "/dev/net/tun" in checks["network"]["remedy"]
+
+
+def test_without_certificates():
+    bundles = {"/etc/ssl/certs/ca-certificates.crt", ssl.get_default_verify_paths().cafile or ""}
+    hidden = "\n".join(f"mount -t tmpfs none {os.path.dirname(path)}" for path in sorted(bundles) if os.path.exists(path))
+    code, checks = examine(hidden, SSL_CERT_FILE="")
+    assert code == 0 and checks["certificates"]["state"] == "note"
+    assert "apt-get install ca-certificates" in checks["certificates"]["remedy"]

@@ -76,6 +76,7 @@ def elsewhere() -> Iterator[Bench]:
     userns.call("workbench.images.layer:remove", str(home))
 
 
+@pytest.mark.alone
 def test_a_second_build_takes_every_step_from_the_cache(bench, image):
     began = time.monotonic()
     assert bench.build(str(RECIPE), lock=lock.load(RECIPE), refresh=True).id == image

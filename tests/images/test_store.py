@@ -392,6 +392,14 @@ def _change_mode(store: Store, made: Image) -> None:
     (store.layer(made.diff_ids[0]) / "x").chmod(0o777)
 
 
+def _wrong_owner(store: Store, made: Image) -> None:
+    tree = store.layer(made.diff_ids[0])
+    if userns.host_ids().kind != "single":
+        userns.call("os:chown", str(tree / "x/file"), 1, 1)
+    else:  # owners stand beside the layer
+        tree.with_name(tree.name + ".owners").write_text('{"x/file": {"owner": [1, 1]}}')
+
+
 def _wrong_name(store: Store, made: Image) -> None:
     blobs = store.home / "blobs/sha256"
     (blobs / made.id[7:]).rename(blobs / ("0" * 64))
@@ -423,6 +431,7 @@ def _stray(store: Store, made: Image) -> None:
 DAMAGE = {
     _truncate_blob: (["blob", "name x"], 1), _remove_layer: (["image", "name x"], 1),
     _change_file: (["layer", "image", "name x"], 1), _change_mode: (["layer", "image", "name x"], 1),
+    _wrong_owner: (["layer", "image", "name x"], 1),
     _wrong_name: (["blob", "name x"], 1), _dangling: (["name x:latest"], 1), _no_ref: (["name x/latest"], 1),
     _strange_ref: (["name x/-tag"], 2), _half_staging: (["staging 0123", "staging 0123.lease"], 2),
     _stray: (["blob note.txt", "layer file", "layer latest"], 2),
@@ -493,20 +502,27 @@ def refused(action):
         print("refused")
 refused(lambda: store.add_tar(tar))
 assert store.check() == [] and os.listdir(home + "/tmp") == [], store.check()
-with open(home + "/fill", "wb", buffering=0) as file:
-    try:
-        while True:
-            file.write(bytes(4096))
-    except OSError:
-        pass
+def fill():
+    with open(home + "/fill", "ab", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+fill()
 refused(lambda: store.write_tar(image.diff_ids[0], home + "/out"))
 assert not os.path.exists(home + "/out")
 refused(lambda: store.add_image(config.encode(diff_ids=[], labels={"x": "y" * 9000})))
 refused(lambda: Refs(home).set("new", image.id))
 refused(lambda: store.add_tar(tar))
+assert store.check() == [] and Refs(home).all() == {"keep:latest": image.id}
+os.truncate(home + "/blobs/sha256/" + image.id[7:], 4)
+os.mkdir(home + "/tmp/half")
+fill()
+mended = store.check(repair=True)
+assert len(mended) == 3 and all(problem.repaired for problem in mended), mended
+assert store.check() == [] and os.listdir(home + "/tmp") == [] and Refs(home).all() == {}, store.check()
 os.unlink(home + "/fill")
-assert store.check() == [] and os.listdir(home + "/tmp") == [], store.check()
-assert Refs(home).all() == {"keep:latest": image.id}
 """
 
 

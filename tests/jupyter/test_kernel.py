@@ -44,6 +44,7 @@ def test_the_environment_is_not_the_servers(start: Start, monkeypatch: pytest.Mo
     assert "JPY_PARENT_PID" not in seen
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("code", ["import time; time.sleep(60)", "!sleep 60", "while True: pass"])
 def test_interrupt(start: Start, code: str) -> None:
     manager, client = start()

@@ -28,6 +28,7 @@ from tests.jupyter.clients import (
 pytestmark = pytest.mark.usefixtures("image")
 
 
+@pytest.mark.alone
 def test_vs_code(tmp_path: Path) -> None:
     """It waits for the ports, interrupts every descendant and then the launcher, and ends with SIGTERM."""
     kernel = Argv(tmp_path)
@@ -64,6 +65,7 @@ def test_vs_code(tmp_path: Path) -> None:
         kernel.close()
 
 
+@pytest.mark.alone
 def test_zed(tmp_path: Path) -> None:
     """It wants an element that is the connection file's, interrupts by message, and kills the launcher itself."""
     argv = spec()["argv"]

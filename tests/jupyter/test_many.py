@@ -6,6 +6,7 @@ import asyncio
 import resource
 import time
 
+import pytest
 import zmq.asyncio
 from jupyter_client.manager import AsyncKernelManager
 
@@ -32,6 +33,7 @@ async def one(folder: str, manager: AsyncKernelManager) -> str:
         client.stop_channels()
 
 
+@pytest.mark.alone
 def test_fifty_at_once(image, tmp_path):
     async def all_of_them() -> list[str]:
         context = zmq.asyncio.Context()  # one for all, as a server has it

@@ -34,6 +34,7 @@ def listening() -> set[str]:
     return found
 
 
+@pytest.mark.alone
 def test_r_is_relayed_from_its_own_loopback(start: Start, built) -> None:
     before = listening()
     manager, client = start(kernel_name=built("r"))

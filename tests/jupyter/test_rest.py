@@ -6,6 +6,8 @@ import itertools
 import re
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,28 @@ def test_every_route_refuses_strangers(image: str, tmp_path: Path) -> None:
         assert server.request("/api/kernels")[0] == 200  # the authorizer denies ours only
     finally:
         server.close()
+
+
+def test_a_page_of_somebody_else_cannot_use_the_browsers_login(shared_server: Server) -> None:
+    """Every route that changes something wants the XSRF token beside the cookie that a login has left."""
+    browser = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+    base = f"http://127.0.0.1:{shared_server.port}"
+    browser.open(f"{base}/api/status?token={shared_server.token}").close()
+    seen = set()
+    for method, path in routes():
+        data = b"{}" if method in ("POST", "PUT", "PATCH") else None
+        request = urllib.request.Request(base + path, method=method, data=data)
+        try:
+            with browser.open(request) as answer:
+                status, text = answer.status, ""
+        except urllib.error.HTTPError as error:
+            status, text = error.code, error.read().decode()
+        seen.add(method)
+        if method in ("GET", "HEAD"):
+            assert status in (200, 404), (method, path, status, text)  # the cookie is a login
+        else:
+            assert status == 403 and "_xsrf" in text, (method, path, status, text)
+    assert {"GET", "POST", "DELETE"} <= seen
 
 
 def test_images(shared_server: Server, image: str) -> None:

@@ -93,6 +93,7 @@ class Session:
         self.server.request(f"/api/kernels/{self.kernel}", "DELETE")
 
 
+@pytest.mark.alone
 def test_a_notebook_lives(server: Server) -> None:
     assert "wb-python" in server.request("/api/kernelspecs")[1]["kernelspecs"]
     status, logo = server.request("/kernelspecs/wb-python/logo-svg.svg")

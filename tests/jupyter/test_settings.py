@@ -10,6 +10,7 @@ from jupyter_core.paths import jupyter_data_dir
 
 from tests.jupyter.clients import run
 from tests.jupyter.conftest import Server, Start
+from tests.jupyter.test_server import Session
 from workbench.jupyter import shared
 from workbench.linux import cgroup
 
@@ -75,3 +76,46 @@ def test_readings_of_a_running_kernel(shared_server: Server, image: str) -> None
             assert row["usage"] is None
     finally:
         shared_server.request(f"/api/kernels/{kernel}", "DELETE")
+
+
+def test_notebooks_of_a_network_find_each_other(image: str, tmp_path: Path) -> None:
+    server = Server(tmp_path, config="c.Workbench.network = 'lan:lab'")
+    try:
+        first, second = Session(server, "The Scheduler.ipynb"), Session(server, "worker.ipynb")
+        first.run("import socket; listener = socket.create_server(('', 8786))")
+        second.run("import socket; talk = socket.create_connection(('the-scheduler', 8786), timeout=10)")
+        assert first.run("peer, (address, _) = listener.accept(); socket.gethostbyname('worker') == address").text == "True"
+    finally:
+        server.close()
+
+
+def test_a_kernel_by_rest_has_limits_of_its_own(shared_server: Server, image: str) -> None:
+    (shared_server.root / "below").mkdir(exist_ok=True)
+    path = "/workbench/api/kernels"
+    wanted = {"name": "wb-python", "path": "below", "memory": "300M", "processes": 99, "cpus": 0.5, "network": "none"}
+    status, model = shared_server.request(path, "POST", wanted)
+    assert status == 201 and model["name"] == "wb-python"
+    try:
+        assert [kernel["id"] for kernel in shared_server.request("/api/kernels")[1]] == [model["id"]]
+        rows = shared_server.request("/workbench/api/containers")[1]["containers"]
+        (row,) = [row for row in rows if row["labels"].get("kernel") == model["id"]]
+        assert row["limits"] == {"memory": 300 << 20, "processes": 99, "cpus": 0.5}
+        assert (row["network"], row["folder"]) == ("none", str(shared_server.root / "below"))
+        assert shared_server.request(f"/api/kernels/{model['id']}/restart", "POST", {})[0] == 200
+    finally:
+        shared_server.request(f"/api/kernels/{model['id']}", "DELETE")
+    status, model = shared_server.request(path, "POST", {"name": "wb-python", "network": "host", "memory": 1 << 60})
+    try:
+        (row,) = shared_server.request("/workbench/api/containers")[1]["containers"]
+        assert row["network"] == "outbound" and row["limits"]["memory"] < 1 << 60  # no more than the configuration's
+    finally:
+        shared_server.request(f"/api/kernels/{model['id']}", "DELETE")
+    for wrong, code in (
+        ({"name": "python3"}, 400), ({"name": "wb-nothing"}, 404), ({"name": "wb-python", "path": "../.."}, 404),
+        ({"name": "wb-python", "path": "nowhere"}, 404), ({"name": "wb-python", "memory": "-1"}, 400),
+        ({"name": "wb-python", "cpus": True}, 400), ({"name": "wb-python", "network": "lab"}, 400), ({}, 400),
+        ({"name": "wb-python", "more": 1}, 400), ({"name": "wb-python", "processes": 0}, 400),
+    ):  # fmt: skip
+        status, answer = shared_server.request(path, "POST", wrong)
+        assert status == code and "\n" not in answer["message"], (wrong, status, answer)
+    assert shared_server.request("/api/kernels")[1] == []
