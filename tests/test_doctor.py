@@ -124,7 +124,7 @@ def test_an_old_kernel(cli):
 def test_without_the_tools_for_id_ranges(cli, tmp_path):
     tools = ["newuidmap", "newgidmap"]
     hidden = "\n".join(hide(f"/usr/bin/{tool}") for tool in tools)
-    code, checks = examine(hidden)
+    _, checks = examine(hidden)
     assert checks["id range"]["state"] == "note" and "apt-get install uidmap" in checks["id range"]["remedy"]
     # and copies of them that have no rights
     for tool in tools:
@@ -170,16 +170,28 @@ def test_without_rights_over_the_network():
     assert done.returncode == 1 and check["state"] == "missing" and "CAP_NET_ADMIN" in check["remedy"]
 
 
+def test_without_a_tap_device():
+    code, checks = examine("mount -t tmpfs none /dev/net")
+    assert "modprobe tun" in checks["network"]["remedy"]
+    if ROOT:  # whose network takes none, but for named ones
+        assert (code, checks["network"]["state"]) == (0, "note") and "lan:NAME" in checks["network"]["found"]
+    else:
+        assert (code, checks["network"]["state"]) == (1, "missing")
+
+
 @pytest.mark.skipif(ROOT, reason="root's network takes no tap device")
 def test_a_tap_device_that_cannot_be_opened():
-    code, checks = examine("mount -t tmpfs none /mnt\ntouch /mnt/tun\nchmod 0 /mnt/tun\n"
-                           "mount --bind /mnt/tun /dev/net/tun")  # fmt: skip
+    code, checks = examine(
+        "mount --bind /dev/net/tun /dev/net/tun\nmount -o remount,bind,nodev,nosuid,noexec /dev/net/tun"
+    )
     assert code == 1 and checks["network"]["state"] == "missing" and "/dev/net/tun" in checks["network"]["remedy"]
 
 
 def test_without_certificates():
     bundles = {"/etc/ssl/certs/ca-certificates.crt", ssl.get_default_verify_paths().cafile or ""}
-    hidden = "\n".join(f"mount -t tmpfs none {os.path.dirname(path)}" for path in sorted(bundles) if os.path.exists(path))
+    hidden = "\n".join(
+        f"mount -t tmpfs none {os.path.dirname(path)}" for path in sorted(bundles) if os.path.exists(path)
+    )
     code, checks = examine(hidden, SSL_CERT_FILE="")
     assert code == 0 and checks["certificates"]["state"] == "note"
     assert "apt-get install ca-certificates" in checks["certificates"]["remedy"]

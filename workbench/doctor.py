@@ -275,6 +275,8 @@ def _limits() -> str:
 
 def _network_root() -> str:
     _in_namespaces("network")
+    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        raise _NoteError("veth, bridge and nftables work; networks lan:NAME lack /dev/net/tun", "modprobe tun")
     return "veth, bridge and nftables work"
 
 

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Network = Literal["none", "outbound", "host"]
-#: From the one that reaches least.
+#: ``none``, ``outbound``, ``host``, or ``lan:NAME`` for a named network (``parse_network``).
+Network = str
+#: From the one that reaches least. A named network is ``outbound`` with neighbours.
 NETWORKS: tuple[Network, ...] = ("none", "outbound", "host")
+LAN = "lan:"
 
 
 class WorkbenchError(Exception):
@@ -99,6 +101,25 @@ class Limits:
             least(self.processes, other.processes),
             least(self.cpus, other.cpus),
         )
+
+
+def parse_network(text: str) -> Network:
+    """The text, if it names a network. Raises InvalidInput."""
+    if text in NETWORKS or re.fullmatch(rf"{LAN}[a-z0-9][a-z0-9-]{{0,31}}", text):
+        return text
+    obstacle = f"{text!r} is none of {', '.join(NETWORKS)}, {LAN}NAME (small letters, digits, dashes)"
+    raise InvalidInput("choose a network", obstacle)
+
+
+def narrower(first: Network, second: Network | None) -> Network:
+    """The one of two that reaches less; of two alike the second, which is closer to the container."""
+    if second is None:
+        return first
+
+    def reach(network: Network) -> int:
+        return NETWORKS.index("outbound" if network.startswith(LAN) else network)
+
+    return second if reach(second) <= reach(first) else first
 
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from traitlets import Bool, CUnicode, Enum, Float, Integer, List, Unicode, default
+from traitlets import Bool, CUnicode, Float, Integer, List, Unicode, default
 from traitlets.config import LoggingConfigurable
 
 from workbench.containers import host_settings, spec
 from workbench.containers.container import Container, Containers, new_id
 from workbench.containers.state import run_bases
 from workbench.model import (
-    NETWORKS,
     Conflict,
     Image,
     InvalidInput,
@@ -24,6 +23,8 @@ from workbench.model import (
     Network,
     Problem,
     Settings,
+    narrower,
+    parse_network,
     parse_size,
 )
 
@@ -54,10 +55,10 @@ class Workbench(LoggingConfigurable):
         spec.DEFAULT_PROCESSES, help="The most processes and threads of one container. 0: no limit."
     ).tag(config=True)
     cpus = Float(0.0, help="The most processors that one container may use, such as 1.5. 0: no limit.").tag(config=True)
-    network = Enum(
-        NETWORKS,
+    network = Unicode(
         "outbound",
-        help="What containers reach: nothing (none), the outside (outbound), all that the host does.",
+        help="What containers reach: nothing (none), the outside (outbound), that and each other (lan:NAME), all that "
+        "the host does (host).",
     ).tag(config=True)
     default_image = Unicode(
         "", help="The image whose kernel a server takes for new notebooks, by name. Empty: Jupyter's own default."
@@ -210,20 +211,21 @@ class Workbench(LoggingConfigurable):
         self, image: str, *, argv: Sequence[str] | None = None, cwd: str | None, env: Mapping[str, str] | None = None,
         terminal: bool = False, mounts: Sequence[Mount] = (), limits: Limits | None = None,
         network: Network | None = None, forwards: Sequence[tuple[str, int]] = (),
-        labels: Mapping[str, str] | None = None,
+        labels: Mapping[str, str] | None = None, names: Sequence[str] = (),
     ) -> Container:  # fmt: skip
         """Lay a container out; ``start`` of the result starts it.
 
         image: name or ID. argv: instead of the image's kernel or command. cwd: the host's folder to work in,
-        mounted at the same path; None for none. limits: narrow what configuration and image say. forwards: see
-        ``ContainerSpec``.
+        mounted at the same path; None for none. limits: narrow what configuration and image say. network: instead
+        of the configuration's. forwards, names: see ``ContainerSpec``.
         Raises NotFound, InvalidInput, HostLacks.
         """
         image_id = self.refs.resolve(image)
         with self.store.lease(image_id):
             found = self.store.image(image_id)
             wanted = self._spec(found, argv, cwd, env or {}, terminal, mounts, limits, network)
-            wanted = replace(wanted, forwards=tuple(forwards))
+            known = tuple(filter(None, map(spec.label, names)))
+            wanted = replace(wanted, forwards=tuple(forwards), names=known)
             return self.containers.create(wanted, image=image_id, labels={"image": image, **(labels or {})})
 
     def _spec(
@@ -236,8 +238,9 @@ class Workbench(LoggingConfigurable):
         hidden, fixed = spec.guard(shown, homes=_homes(), private=self._private(), programs=_programs())
         suite = dict(image.labels).get(SUITE_LABEL)
         settings = self.settings(suite)
-        granted = network or self.network
-        chosen: Network = min(granted, image.network or granted, key=NETWORKS.index)
+        granted = parse_network(network or self.network)
+        # What an image says at the most is no name of a network: that is for its user to choose.
+        chosen = granted if image.network in (None, "outbound") else narrower(granted, image.network)
         container_id = new_id()
         return spec.ContainerSpec(
             id=container_id,

@@ -84,7 +84,10 @@ def test_notebooks_of_a_network_find_each_other(image: str, tmp_path: Path) -> N
         first, second = Session(server, "The Scheduler.ipynb"), Session(server, "worker.ipynb")
         first.run("import socket; listener = socket.create_server(('', 8786))")
         second.run("import socket; talk = socket.create_connection(('the-scheduler', 8786), timeout=10)")
-        assert first.run("peer, (address, _) = listener.accept(); socket.gethostbyname('worker') == address").text == "True"
+        assert (
+            first.run("peer, (address, _) = listener.accept(); socket.gethostbyname('worker') == address").text
+            == "True"
+        )
     finally:
         server.close()
 

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from workbench.model import NETWORKS
-
 PROG = "jupyter workbench"
 CONFIG_NAME = "jupyter_workbench_config"
 #: ``--Workbench.memory=2G``: any setting of a configuration file, as with every Jupyter application.
@@ -92,8 +90,10 @@ def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", metavar="N", type=int, help="at most so many processes and threads")
     parser.add_argument("--cpus", metavar="N", type=float, help="at most so many processors, like 1.5")
     parser.add_argument(
-        "--network", choices=NETWORKS, help="none, outbound (reach out, not be reached) or the host's own"
-    )
+        "--network", metavar="NETWORK",
+        help="none; outbound (reach out, not be reached); lan:NAME (that, and find each other); host (the host's own)",
+    )  # fmt: skip
+    parser.add_argument("--name", metavar="NAME", help="how others find it in a network lan:NAME")
     parser.add_argument(
         "--mount", metavar="SRC[:DST][:ro]", action="append", default=[],
         help="show a folder or file of this machine inside; may be given more than once",
@@ -173,7 +173,8 @@ COMMANDS: dict[str, Command] = {
         "same path. Input, output, signals and the exit code pass through. A container\n"
         "that changed nothing is gone afterwards; one with changes stays, stopped.",
         (("run python", "a shell"), ("run python python script.py", "a script of the current folder"),
-         ("run --network none --memory 1G python python -V", "within limits")),
+         ("run --network none --memory 1G python python -V", "within limits"),
+         ("run --network lan:dask --name scheduler python bash", "others of lan:dask find it as `scheduler`")),
     ),
     "ps": Command("list containers", _ps, "workbench.cli.commands:ps"),
     "logs": Command("what a container's kernel or command wrote", _logs, "workbench.cli.commands:logs"),

@@ -41,6 +41,7 @@ def run(bench: Workbench, options: Any, _: Callable[[], Kernelspecs]) -> int:
         mounts=[parse_mount(text) for text in options.mount],
         limits=Limits(memory, options.processes, options.cpus),
         network=options.network,
+        names=[options.name] if options.name else [],
     )
     if options.debug:
         print(bench.describe(container), file=sys.stderr, flush=True)

@@ -141,12 +141,14 @@ def in_worker(
     hostname: str,
     terminal: bool,
     loopback_up: Callable[[], None] | None,
+    kept: str = "",
 ) -> NoReturn:
     """The worker, born into the child's pid namespace: join its others and lay the root out.
 
     child: a pidfd; sources: host paths already opened as detached trees; contents: host files already read;
-    loopback_up: None where the network is the host's. Reports ``ok`` (with the terminal's master as a descriptor
-    when one was asked for), else what failed. Never returns.
+    loopback_up: None where the network is the host's; kept: a file of the new root that is to be changed from outside.
+    Reports ``ok`` (with descriptors of the terminal's master and of that file, where they were asked for), else what
+    failed. Never returns.
     """
     what = "join the namespaces"
     try:
@@ -175,6 +177,9 @@ def in_worker(
             what = "open a terminal"
             fds.append(sc.openat2(root.fd, "/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY))
             fcntl.ioctl(fds[0], termios.TIOCSPTLCK if hasattr(termios, "TIOCSPTLCK") else 0x40045431, b"\0\0\0\0")
+        if kept:
+            what = f"open {kept}"
+            fds.append(sc.openat2(root.fd, kept, os.O_RDWR))
         what = "change the root"
         mounts.finish(root)
         socket.send_fds(report, [b"ok"], fds)

@@ -18,11 +18,11 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import NoReturn
 
-from workbench.containers import enter, forward, links, network, spec, state
+from workbench.containers import enter, forward, lan, links, network, spec, state
 from workbench.linux import cgroup, mounts, seccomp
 from workbench.linux import syscalls as sc
 from workbench.linux.userns import HostIds
-from workbench.model import Conflict, Exit, HostLacks, LaunchFailed, NotFound, WorkbenchError, format_size
+from workbench.model import LAN, Conflict, Exit, HostLacks, LaunchFailed, NotFound, WorkbenchError, format_size
 
 INIT_CANDIDATES = ("/usr/bin/tini-static", "/usr/local/bin/tini-static", "/sbin/tini-static")
 _EVERYBODYS = (*(f"/dev/{name}" for name in spec.DEVICES), "/sys")
@@ -63,7 +63,7 @@ class Launcher:
         """Read what every launch needs: the init program, the filter, the network library."""
         self._init()
         self._filter("default")
-        if kind == "outbound" and self.ids.kind == "root":
+        if kind not in ("none", "host") and self.ids.kind == "root":
             network.preload()
 
     def start(self, folder: str, stdio: Sequence[int]) -> Running:
@@ -170,11 +170,21 @@ class Launcher:
             running.attachment = network.attach(
                 wanted.network, pid=running.pid, slot=running.slot, container_id=wanted.id, rootful=rootful
             )
-            answer, fds, _, _ = socket.recv_fds(ours, 4096, 1)
+            answer, fds, _, _ = socket.recv_fds(ours, 4096, 2)
         if answer != b"ok":
             raise LaunchFailed(f"start container {wanted.id}", answer.decode(errors="replace") or "its worker died")
+        hosts = fds.pop() if wanted.network.startswith(LAN) else -1
         if fds:
             running.terminal = fds[0]
+        if hosts >= 0:
+            try:
+                home = os.path.dirname(os.path.dirname(running.folder))
+                lan.join(
+                    home, wanted.network.removeprefix(LAN), target=running.pidfd, hosts=hosts,
+                    names=(*wanted.names, wanted.hostname),
+                )  # fmt: skip
+            finally:
+                os.close(hosts)
 
     def _fork_worker(self, running: Running, report: socket.socket, steps: Sequence[mounts.Mount]) -> int:
         worker = self._fork_into(running.pidfd)
@@ -188,6 +198,7 @@ class Launcher:
                 hostname=running.spec.hostname,
                 terminal=running.spec.terminal,
                 loopback_up=network.loopback_up if running.spec.network != "host" else None,
+                kept="/etc/hosts" if running.spec.network.startswith(LAN) else "",
             )
         return worker
 

@@ -1,4 +1,4 @@
-"""The network of a container: ``none``, ``outbound`` or ``host``.
+"""The network of a container: ``none``, ``outbound`` or ``host``; what a named one adds to that is in ``lan.py``.
 
 ``outbound`` as root is a pair of links to a bridge, with masquerade by nftables, all made through pyroute2; as anybody
 else it is pasta's (``pasta.py``). pyroute2 takes 0.1 s and 20 MB to import, so it lives in one *network worker* that
@@ -92,7 +92,7 @@ def attach(kind: Network, *, pid: int, slot: int, container_id: str, rootful: bo
     slot: a number > 0 that no other running container of the host has; it becomes the address.
     rootful: whether this is real root. Returns when packets can go. Raises HostLacks, OSError.
     """
-    if kind != "outbound":
+    if kind in ("none", "host"):
         return Attachment()
     if not rootful:
         # A host that is offline is no reason not to work on it, and pasta refuses to start there.
@@ -145,7 +145,15 @@ def trial() -> None:
         what = "nftables"
         bridge._make_table(bridge._ipaddress.IPv4Network(_NETWORKS[0]))
     except Exception as error:  # whatever pyroute2 raises, as above
-        raise HostLacks("try the network", f"{what} does not work here: {error}", _MODULES) from None
+        raise HostLacks("try the network", f"{what} does not work here: {error}", _remedy(error)) from None
+
+
+def _remedy(error: Exception) -> str:
+    """What helps against an error of pyroute2, whose NetlinkError is no OSError."""
+    code = getattr(error, "code", None) or getattr(error, "errno", None)
+    if code in (errno.EPERM, errno.EACCES, errno.EROFS):
+        return "it takes CAP_NET_ADMIN and a writable /proc/sys/net; or choose network none or host"
+    return _MODULES
 
 
 # --- the worker: a process of its own -------------------------------------------------------------------------
@@ -263,14 +271,10 @@ class _Service:
             self.leaving.add(links.port_name(message["id"]))
             self.due = 0.0
             return dict(error.as_dict())
-        except Exception as error:  # whatever pyroute2 raises: its NetlinkError is no OSError
+        except Exception as error:  # whatever pyroute2 raises
             self.leaving.add(links.port_name(message["id"]))
             self.due = 0.0
-            code = getattr(error, "code", None) or getattr(error, "errno", None)
-            remedy = _MODULES
-            if code in (errno.EPERM, errno.EACCES, errno.EROFS):
-                remedy = "it takes CAP_NET_ADMIN and a writable /proc/sys/net; or choose network none or host"
-            return dict(HostLacks(tried, f"{type(error).__name__}: {error}", remedy).as_dict())
+            return dict(HostLacks(tried, f"{type(error).__name__}: {error}", _remedy(error)).as_dict())
         return {}
 
     def _bury(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 
-from workbench.model import Network
+from workbench.model import LAN, Network
 
 #: Where pasta listens inside when the host has only a resolver of its own; a link-local address nobody has.
 FORWARDED = "169.254.53.53"
@@ -54,7 +54,8 @@ def nameservers(*, rootful: bool) -> tuple[str, ...]:
 def hosts(kind: Network, hostname: str) -> str:
     """The text of /etc/hosts."""
     text = _read("/etc/hosts") if kind == "host" else _LOCAL
-    return f"{text.rstrip()}\n127.0.1.1 {hostname}\n"
+    # In a named network the name stands for the address that the others see, see ``lan.py``.
+    return text if kind.startswith(LAN) else f"{text.rstrip()}\n127.0.1.1 {hostname}\n"
 
 
 def _usable(address: str, rootful: bool) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -47,9 +48,9 @@ class ContainerSpec:
     """Everything that a helper needs to know to start a container.
 
     layers: host folders, highest first; forwards: names of sockets in the run folder, each with the TCP port on the
-    container's loopback that it stands for; hidden: paths inside that are covered; fixed: paths inside that cannot be
-    changed; ``profile`` "bootstrap" is for Debian's own bootstrap tool over no image at all: full rights in its own
-    user namespace.
+    container's loopback that it stands for; names: by which members of its named network find it; hidden: paths inside
+    that are covered; fixed: paths inside that cannot be changed; ``profile`` "bootstrap" is for Debian's own bootstrap
+    tool over no image at all: full rights in its own user namespace.
     """
 
     id: str
@@ -58,6 +59,7 @@ class ContainerSpec:
     cwd: str
     layers: tuple[str, ...]
     hostname: str
+    names: tuple[str, ...] = ()
     mounts: tuple[HostMount, ...] = ()
     hidden: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
@@ -78,8 +80,8 @@ class ContainerSpec:
         fields = dict(data)
         fields["mounts"] = tuple(HostMount(**m) for m in data["mounts"])
         fields["limits"] = Limits(**data["limits"])
-        for name in ("argv", "layers", "hidden", "fixed"):
-            fields[name] = tuple(data[name])
+        for name in ("argv", "layers", "hidden", "fixed", "names"):
+            fields[name] = tuple(data.get(name, ()))
         for name in ("env", "texts"):
             fields[name] = tuple((str(k), str(v)) for k, v in data[name])
         fields["forwards"] = tuple((str(name), int(number)) for name, number in data.get("forwards", ()))
@@ -269,6 +271,11 @@ def _sys(network: Network) -> mounts.Mount:
     if network == "host":
         return mounts.Bind("/sys", "/sys", read_only=True)
     return mounts.FileSystem("sysfs", "/sys", "", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC | sc.MS_RDONLY)
+
+
+def label(text: str) -> str:
+    """A text as a name in a network (RFC 1123, 2.1); empty when nothing of it can be one."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower())[:63].strip("-")
 
 
 def describe(spec: ContainerSpec, steps: Iterable[mounts.Mount]) -> str:

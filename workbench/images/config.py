@@ -132,7 +132,7 @@ def decode(data: bytes) -> Image:
     kernel = _ours(labels.pop(KERNEL_LABEL, None), Kernel, KERNEL_LABEL)
     limits = _ours(labels.pop(LIMITS_LABEL, None), Limits, LIMITS_LABEL)
     network = labels.pop(NETWORK_LABEL, None)
-    if network is not None and network not in NETWORKS:
+    if network is not None and network not in NETWORKS:  # no stranger's image joins a network of the user's
         raise InvalidInput(
             "read an image's config", f"its label {NETWORK_LABEL} is {network!r}", "build the image again"
         )

@@ -18,11 +18,9 @@ def load(serverapp: Any) -> None:
     logger = serverapp.event_logger
     logger.register_event_schema(builds.SCHEMA)
     web.settings["workbench_builds"] = builds.Builds(lambda data: logger.emit(schema_id=builds.SCHEMA_ID, data=data))
-    base = web.settings["base_url"]
-    web.add_handlers(
-        ".*$",
-        [(url_path_join(base, "workbench", "api") + route, handler) for route, handler in handlers.ROUTES],
-    )
+    api = url_path_join(web.settings["base_url"], "workbench", "api")
+    routes = [*handlers.ROUTES, (r"(?:/.*)?", handlers.NoRoute)]
+    web.add_handlers(".*$", [(api + route, handler) for route, handler in routes])
     if image := shared.workbench(serverapp.config).default_image:
         serverapp.kernel_manager.default_kernel_name = kernelspecs.kernel_name(image)
-    serverapp.log.info("Workbench: images and containers at %s", url_path_join(base, "workbench", "api"))
+    serverapp.log.info("Workbench: images and containers at %s", api)

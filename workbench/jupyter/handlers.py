@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from functools import wraps
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jupyter_client.jsonutil import json_default
+from jupyter_client.kernelspec import NoSuchKernel
 from jupyter_server.auth.decorator import authorized
 from jupyter_server.base.handlers import APIHandler
 from jupyter_server.utils import ensure_async
@@ -22,7 +24,17 @@ from tornado import web
 
 from workbench.jupyter import kernelspecs, shared
 from workbench.jupyter.builds import Builds, recipe_in
-from workbench.model import Conflict, HostLacks, InvalidInput, NotFound, WorkbenchError
+from workbench.jupyter.provisioner import Asked
+from workbench.model import (
+    Conflict,
+    HostLacks,
+    InvalidInput,
+    Limits,
+    NotFound,
+    WorkbenchError,
+    parse_network,
+    parse_size,
+)
 from workbench.workbench import Workbench, as_row
 
 _STATUS: dict[type[WorkbenchError], HTTPStatus] = {
@@ -59,6 +71,13 @@ class _Handler(APIHandler):
 
     auth_resource = "workbench"
 
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """As JSON; what a route can is named to who asked it for something else (RFC 9110, 15.5.6)."""
+        if status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            methods = ("get", "head", "post", "put", "patch", "delete")
+            self.set_header("Allow", ", ".join(name.upper() for name in methods if name in vars(type(self))))
+        super().write_error(status_code, **kwargs)
+
     async def work(self, act: Callable[[Workbench], T]) -> T:
         """Do something that blocks, in a thread."""
         bench = shared.workbench(self.config)
@@ -74,6 +93,25 @@ class _Handler(APIHandler):
         manager: Any = self.kernel_manager
         await ensure_async(manager.shutdown_kernel(kernel))
         return True
+
+    def wanted(self, tried: str, needed: str, known: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
+        """The request's JSON object. known: each key and what it may hold; needed: the one that must be there and say
+        something. Raises InvalidInput."""
+        try:  # bytes that are no text, and halves of characters, which no file's name can have
+            wanted = self.get_json_body() or {}
+            plain = isinstance(wanted, dict) and b"\\u0000" not in json.dumps(wanted, ensure_ascii=False).encode()
+        except UnicodeError:
+            wanted, plain = {}, False
+        if not plain:
+            raise InvalidInput(tried, "the request is no JSON object of plain texts")
+        for key, value in wanted.items():
+            kinds = known.get(key, ())
+            # To Python a truth value is a number as well.
+            if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+                raise InvalidInput(tried, f"{key!r} is not understood", f"known are {', '.join(known)}")
+        if not wanted.get(needed):
+            raise InvalidInput(tried, f"no {needed} is named", f'give {{"{needed}": "…"}}')
+        return wanted
 
     def answer(self, value: Any, status: HTTPStatus = HTTPStatus.OK) -> None:
         """Finish with JSON, or with nothing at all."""
@@ -183,6 +221,42 @@ class LogsHandler(_Handler):
         self.answer({"logs": await self.work(lambda bench: bench.logs(text))})
 
 
+class KernelsHandler(_Handler):
+    """Kernels with limits and a network of their own; Jupyter's route starts them without."""
+
+    @web.authenticated
+    @authorized
+    @_told
+    async def post(self) -> None:
+        """Start one: Jupyter's ``name`` and ``path``; ``memory``, ``processes``, ``cpus``, ``network``, ``alias``."""
+        tried = "start a kernel"
+        wanted = self.wanted(tried, "name", {
+            "name": str, "path": str, "memory": (str, int), "processes": int, "cpus": (int, float), "network": str,
+            "alias": str,
+        })  # fmt: skip
+        memory = parse_size(wanted["memory"]) if "memory" in wanted else None
+        asked = Asked(
+            limits=Limits(memory, wanted.get("processes"), wanted.get("cpus")),
+            network=parse_network(wanted["network"]) if "network" in wanted else "",
+            alias=wanted.get("alias", ""),
+        )
+        manager: Any = self.kernel_manager
+        try:
+            spec = manager.kernel_spec_manager.get_kernel_spec(wanted["name"])
+        except NoSuchKernel:
+            raise NotFound(tried, f"there is no kernel {wanted['name']!r}", "build its image") from None
+        if (spec.metadata.get("kernel_provisioner") or {}).get("provisioner_name") != "workbench":
+            raise InvalidInput(tried, f"{wanted['name']!r} runs in no container", "name a kernel of an image")
+        path = wanted.get("path", "")
+        folder = os.path.join(os.path.expanduser(self.settings["server_root_dir"]), path.strip("/"))
+        if ".." in path.split("/") or not os.path.isdir(folder):
+            raise NotFound(tried, f"the server has no folder {path!r}", "name one below its own")
+        kernel_id = await ensure_async(manager.start_kernel(kernel_name=wanted["name"], path=path, workbench=asked))
+        self.set_header("Location", f"{self.base_url}api/kernels/{kernel_id}")
+        model = await ensure_async(manager.kernel_model(kernel_id))
+        self.answer(json.loads(json.dumps(model, default=json_default)), HTTPStatus.CREATED)
+
+
 class DoctorHandler(_Handler):
     """What this machine offers to containers."""
 
@@ -219,15 +293,8 @@ class BuildsHandler(_BuildsHandler):
     @_told
     async def post(self) -> None:
         """Begin one: ``{"recipe": …, "name": …, "refresh": …, "offline": …, "check": …}``."""
-        wanted = self.get_json_body() or {}
-        if not isinstance(wanted, dict) or "\0" in json.dumps(wanted, ensure_ascii=False):
-            raise InvalidInput("begin a build", "the request is no JSON object of plain texts")
         known = {"recipe": str, "name": str, "refresh": bool, "offline": bool, "check": bool}
-        for key, value in wanted.items():
-            if key not in known or not isinstance(value, known[key]):
-                raise InvalidInput("begin a build", f"{key!r} is not understood", f"known are {', '.join(known)}")
-        if not wanted.get("recipe"):
-            raise InvalidInput("begin a build", "no recipe is named", 'give {"recipe": "…"}')
+        wanted = self.wanted("begin a build", "recipe", known)
         recipe = recipe_in(os.path.expanduser(self.settings["server_root_dir"]), wanted["recipe"])
         options = [f"--{key}" for key in ("refresh", "offline", "check") if wanted.get(key)]
         options += [f"--name={wanted['name']}"] if wanted.get("name") else []
@@ -256,6 +323,19 @@ class BuildHandler(_BuildsHandler):
         self.answer(None, HTTPStatus.NO_CONTENT)
 
 
+class NoRoute(_Handler):
+    """Whatever else is asked for below ``/workbench/api``."""
+
+    @web.authenticated
+    @authorized
+    @_told
+    async def get(self) -> None:
+        """Say in the form of all answers that there is nothing."""
+        raise NotFound("answer a request", f"there is no {self.request.path}", "see the description of the API")
+
+    head = post = put = patch = delete = get
+
+
 def _exists(bench: Workbench, name: str) -> bool:
     return any(container.id == name for container in bench.containers)
 
@@ -273,5 +353,6 @@ ROUTES: list[tuple[str, type[_Handler]]] = [
     (_CONTAINER + "/logs", LogsHandler),
     (r"/builds/?", BuildsHandler),
     (r"/builds/(?P<text>[0-9a-f]+)", BuildHandler),
+    (r"/kernels/?", KernelsHandler),
     (r"/doctor/?", DoctorHandler),
 ]

@@ -15,24 +15,44 @@ import signal
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass, field
 from logging import ERROR, INFO
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.multikernelmanager import MultiKernelManager
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 from jupyter_core.utils import ensure_async
-from traitlets import Enum, Float, Integer, List, Unicode
+from traitlets import Float, Integer, List, Unicode
 
 from workbench.containers.spec import parse_mount
 from workbench.jupyter import connection, shared
-from workbench.model import NETWORKS, Conflict, Exit, LaunchFailed, Limits, NotFound, WorkbenchError, parse_size
+from workbench.model import (
+    Conflict,
+    Exit,
+    LaunchFailed,
+    Limits,
+    NotFound,
+    WorkbenchError,
+    narrower,
+    parse_network,
+    parse_size,
+)
 
 if TYPE_CHECKING:
     from workbench.containers.container import Container
     from workbench.jupyter.last_words import Listener
-    from workbench.model import Image, Kernel, Network
+    from workbench.model import Image, Kernel
     from workbench.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What whoever starts a kernel wants of this one (REST): no more than all others allow."""
+
+    limits: Limits = field(default_factory=Limits)
+    network: str = ""
+    alias: str = ""
 
 
 class WorkbenchProvisioner(KernelProvisionerBase):
@@ -42,7 +62,8 @@ class WorkbenchProvisioner(KernelProvisionerBase):
     memory = Unicode("", config=True, help="The most memory of this kernel, like 2G: less than all others allow.")
     processes = Integer(0, config=True, help="The most processes and threads of this kernel. 0: no limit of its own.")
     cpus = Float(0.0, config=True, help="The most processors of this kernel. 0: no limit of its own.")
-    network = Enum(("", *NETWORKS), "", config=True, help="What this kernel reaches, if that is less.")
+    network = Unicode("", config=True, help="What this kernel reaches, if that is less; or its network, lan:NAME.")
+    alias = Unicode("", config=True, help="This kernel's name in a network lan:NAME. Empty: that of its notebook.")
     mounts = List(Unicode(), config=True, help="Host folders that this kernel sees, each as SOURCE[:TARGET][:ro].")
     home = Unicode("", help="The store that the image is in, where it is not the user's default.")
 
@@ -75,6 +96,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         if km is None:
             raise LaunchFailed(f"start a kernel of {self.image}", "no kernel manager asks for it")
         await self._free_sockets()
+        asked: Asked = kwargs.pop("workbench", None) or Asked()
         environ: Mapping[str, str] = kwargs.get("env") or os.environ
         bench = shared.workbench(self.config, self.home)
         image = bench.image(self.image)
@@ -86,7 +108,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         encrypt = self._encrypt(kwargs.pop("transport_encryption", None), kernel)
         argv = [*connection.command(kernel), *kwargs.pop("extra_arguments", [])]
         if self._container is None:
-            self._container = self._create(bench, image, argv, str(kwargs.get("cwd") or os.getcwd()), environ)
+            self._container = self._create(bench, image, argv, str(kwargs.get("cwd") or os.getcwd()), environ, asked)
             self._set_transport(f"{self._container.run_dir}/{connection.PREFIX}")
         if encrypt and self._keys() is None:
             import zmq
@@ -122,19 +144,23 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         return (public, km.curve_secretkey) if public else None
 
     def _create(
-        self, bench: Workbench, image: Image, argv: list[str], cwd: str, environ: Mapping[str, str]
+        self, bench: Workbench, image: Image, argv: list[str], cwd: str, environ: Mapping[str, str], asked: Asked
     ) -> Container:
         self._cwd = cwd
-        granted: Network = bench.network
-        own = cast("Network | None", self.network or None)
+        own = Limits(parse_size(self.memory) if self.memory else None, self.processes or None, self.cpus or None)
+        network = parse_network(bench.network)
+        for text in filter(None, (self.network, asked.network)):
+            network = narrower(network, parse_network(text))
+        notebook = os.path.splitext(os.path.basename(environ.get("JPY_SESSION_NAME", "")))[0]
         container = bench.create(
             image.id,
             argv=argv,
             cwd=cwd,
             env=connection.kernel_env(environ),
             mounts=[parse_mount(text) for text in self.mounts],
-            limits=Limits(parse_size(self.memory) if self.memory else None, self.processes or None, self.cpus or None),
-            network=min(granted, own or granted, key=NETWORKS.index),
+            limits=own.stricter(asked.limits),
+            network=network,
+            names=(asked.alias or self.alias or notebook,),
             forwards=connection.forwards(image.kernel) if image.kernel else (),
             labels={"image": self.image, "kernel": str(self.kernel_id or "")},
         )

@@ -116,7 +116,7 @@ _BOOTSTRAP = (
 
 def _python_path(target: str) -> list[str]:
     """Where a bare interpreter finds this package, that of ``target``, and what they are installed beside."""
-    packages = [importlib.import_module(name.partition(".")[0]) for name in (__name__, target)]
+    packages = [importlib.import_module(name.partition(":")[0].partition(".")[0]) for name in (__name__, target)]
     tops = [os.path.dirname(os.path.dirname(os.path.abspath(str(package.__file__)))) for package in packages]
     sites = (path for path in sys.path if path.rstrip("/").endswith(("site-packages", "dist-packages")))
     return list(dict.fromkeys([*tops, *sites]))
