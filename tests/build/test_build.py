@@ -6,10 +6,12 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import BASE, RECIPE
-from workbench.build import builder, lock
+from workbench.build import builder, bytecode, lock
 from workbench.build.cache import Cache
 from workbench.containers.container import Containers
 from workbench.containers.host_settings import APT_SOURCES, apt_sources, discover
@@ -105,6 +107,34 @@ def test_the_kernel_stands_in_the_config(bench, image):
     assert found.kernel.supported_encryption == ("curve",)
     assert dict(found.env)["PATH"].startswith("/opt/venv/bin:")
     assert dict(found.labels) == {"org.jupyter.workbench.suite": "bookworm"}
+
+
+def test_bytecode_of_a_wheel_is_compiled_once_and_the_same(bench, home):
+    """One package more takes that of the others from an earlier build, to the same image as without."""
+    apt = '[base]\nsuite = "bookworm"\n[apt]\npackages = ["python3"]\n[python]\npackages = {}\n'
+
+    def built(name: str, *packages: str) -> str:
+        return bench.build(written(name, base=apt.format(json.dumps(["pip", *packages])))).id
+
+    def forget() -> None:
+        for path in (home / "cache").glob("*.json"):
+            if "toolz" in json.loads(path.read_text())["lock"]["asks"].get("packages", ()):
+                path.unlink()
+
+    kept = home / "cache" / "downloads" / "files" / "bytecode"
+    one = built("one", "six")
+    place = bytecode.place(kept, bench.store.image(one).diff_ids[:-1])
+    (six,) = [path for path in place.iterdir() if "/six" in zipfile.ZipFile(path).namelist()[0]]
+    first = built("two", "six", "toolz")
+    forget()
+    # What is kept is used: with other bytes in it, another image comes out.
+    whole = six.read_bytes()
+    six.write_bytes(whole.replace(b"six", b"SIX"))
+    assert built("two", "six", "toolz") != first
+    forget()
+    shutil.rmtree(place)
+    assert built("two", "six", "toolz") == first
+    assert six.read_bytes() == whole  # made anew
 
 
 def test_addresses_of_mirrors_leave_no_trace(bench, monkeypatch):

@@ -125,6 +125,7 @@ def build(
             cache,
             fetcher,
             downloads / "uv",
+            None if options.fresh else downloads / "bytecode",
         )
         if base:
             held.add(base[1].id)
@@ -151,9 +152,11 @@ class _Build(Workplace):
     def __init__(
         self, recipe: Recipe, folder: Path, suite: str, options: Options, store: Store, refs: Refs,
         containers: Containers, settings: Settings, progress: Progress, held: Lease, cache: Cache, fetcher: Fetcher,
-        uv_cache: Path,
+        uv_cache: Path, bytecode: Path | None,
     ) -> None:  # fmt: skip
-        super().__init__(suite, settings, fetcher, uv_cache, store=store, containers=containers, progress=progress)
+        super().__init__(
+            suite, settings, fetcher, uv_cache, bytecode, store=store, containers=containers, progress=progress
+        )  # fmt: skip
         self.below: Image | None = None
         self.recipe, self.folder, self.options, self.store, self.refs = recipe, folder, options, store, refs
         self.progress, self.held, self.cache = progress, held, cache

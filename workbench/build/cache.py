@@ -5,7 +5,7 @@
     cache/<key>.json    the layer and what it took; useless, and overwritten, once the layer is gone
     cache/<key>.lock    held (flock(2)) while the step is built
     cache/logs/         the logs of steps that failed
-    cache/downloads/    files by sha256, and uv's own cache of what it read; shared by builds, which hold its lock
+    cache/downloads/    files by sha256, uv's own cache of what it read, bytecode; shared by builds, which hold its lock
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from workbench.linux import userns
+
+_ABANDONED = 3600.0  # seconds after which nobody is still writing a small file
 
 
 class Cache:
@@ -86,7 +89,9 @@ class Cache:
             if known is None or not has_layer(known["diff_id"]):
                 path.unlink(missing_ok=True)
         for path in self.folder.glob("*.new"):
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()
 
     @contextmanager
     def downloads(self) -> Iterator[Path]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from workbench.build import bytecode
 from workbench.build.fetch import Fetcher
 from workbench.build.news import Log, Progress
 from workbench.build.steps import Run, Step, StepFailed, step_environment
@@ -20,10 +21,11 @@ class Workplace:
     """The ``Site`` of a build's steps. layers: diff_ids, the lowest first; staging: a folder for the present step."""
 
     def __init__(
-        self, suite: str, settings: Settings, fetcher: Fetcher, uv_cache: Path, *,
+        self, suite: str, settings: Settings, fetcher: Fetcher, uv_cache: Path, bytecode: Path | None, *,
         store: Store, containers: Containers, progress: Progress,
     ) -> None:  # fmt: skip
         self.suite, self.settings, self.fetcher, self.uv_cache = suite, settings, fetcher, uv_cache
+        self._bytecode = bytecode
         self.epoch = 0
         self.trusted = True
         self.layers: list[str] = []
@@ -37,6 +39,11 @@ class Workplace:
         folder.mkdir()
         folder.chmod(0o755)
         return folder
+
+    @property
+    def bytecode(self) -> Path | None:
+        """Only Debian's own Python is trusted to compile for others."""
+        return bytecode.place(self._bytecode, self.layers) if self._bytecode and self.trusted else None
 
     def newest(self, pattern: str) -> Path | None:
         """A path in the highest of the layers that has it."""
@@ -67,6 +74,8 @@ class Workplace:
                     end = self._containers.run(self._spec(run), str(folder), (null, log.writing, log.writing))
                     if end.code:
                         break
+                    if run.then:
+                        run.then()
             finally:
                 os.close(null)
         if end.code:

@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,7 +32,8 @@ OUT = "/run/workbench/out"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One container of a step. tree: the host folder that becomes the layer, where it is not the container's own."""
+    """One container of a step. tree: the host folder that becomes the layer, where it is not the container's own;
+    then: to be done when it has ended well."""
 
     argv: tuple[str, ...]
     env: dict[str, str] = field(default_factory=dict)
@@ -39,6 +41,7 @@ class Run:
     network: Network = "none"
     bootstrap: bool = False
     tree: str = ""
+    then: Callable[[], None] | None = None
 
 
 class StepFailed(Exception):
@@ -59,6 +62,10 @@ class Site(Protocol):
     uv_cache: Path
     #: Whether all below is made of Debian's packages alone.
     trusted: bool
+
+    @property
+    def bytecode(self) -> Path | None:
+        """Where bytecode of packages is kept that the layers below compile to; None where none may be."""
 
     def scratch(self) -> Path:
         """A new folder of the host, gone when the step is over."""
@@ -162,6 +169,11 @@ def image_environment(recipe: Recipe, derived: bool = False) -> dict[str, str]:
     if recipe.python.packages:
         env |= {"PATH": PATH, "VIRTUAL_ENV": VENV}
     return env | recipe.env
+
+
+def normal(name: str) -> str:
+    """A Python project's name as indexes write it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def count(number: int, what: str) -> str:

@@ -22,9 +22,10 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 
 from msgspec.structs import replace
 
+from workbench.build import bytecode
 from workbench.build.fetch import File, Unreachable, Web
 from workbench.build.lock import Source, StepLock, Wheel
-from workbench.build.steps import IN, OUT, Run, Site, StepFailed, count, hand_over, read_out
+from workbench.build.steps import IN, OUT, Run, Site, StepFailed, count, hand_over, normal, read_out
 from workbench.model import BuildFailed, HostLacks, Mount, Settings
 
 _UV = f"{IN}/uv"
@@ -89,42 +90,6 @@ uv=$1; shift
 rm -f /opt/venv/.lock /opt/venv/.gitignore
 """.replace("INDEX", _INDEX)
 
-# A second container: from here on code of the packages may run (.pth files).
-# What a code file holds depends a little on what its process compiled before (marshal marks what is shared): so the
-# same files go to the same process in the same order, however many processors there are.
-_COMPILE_FILES = r"""
-import importlib.util, os, py_compile, subprocess, sys
-from concurrent.futures import ThreadPoolExecutor
-PARTS = 16
-if len(sys.argv) > 2:
-    for path in sys.argv[2:]:
-        try:  # templates and another Python's code do not compile, and are never imported either
-            py_compile.compile(path, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
-        except Exception:
-            pass
-    sys.exit()
-found = sorted(
-    path for folder, _, names in os.walk("/opt/venv/lib") for name in names
-    if name.endswith(".py") and not os.path.exists(importlib.util.cache_from_source(path := os.path.join(folder, name)))
-)
-code = sys.argv[1]
-def part(number):
-    files = found[number::PARTS]
-    for at in range(0, len(files), 1000):  # each a process, whose arguments have room for so many
-        subprocess.run([sys.executable, "-S", "-c", code, code, *files[at : at + 1000]])
-with ThreadPoolExecutor(os.cpu_count()) as pool:
-    list(pool.map(part, range(PARTS)))
-"""
-_COMPILE = r"""
-set -eu
-cd /
-/opt/venv/bin/python -S -c "$COMPILE" "$COMPILE"
-# Made by each import of matplotlib; here already, a plot is no change of the environment.
-for folder in /opt/venv/lib/python3*/site-packages/matplotlib; do
-  [ ! -d "$folder" ] || mkdir -p /root/.config/matplotlib
-done
-"""
-
 _NO_WHEEL = re.compile(
     r"no usable wheels|no wheels? with|building from source is disabled|builds? (?:is|are) disabled", re.I
 )
@@ -143,7 +108,7 @@ class Python:
         self._known: dict[str, str] = {}
 
     def marks(self) -> dict[str, Any]:
-        return {"script": _PYTHON, "install": _INSTALL, "compile": _COMPILE + _COMPILE_FILES, "also": "pip"}
+        return {"script": _PYTHON, "install": _INSTALL, "compile": bytecode.PROGRAM, "also": "pip"}
 
     def resolve(self, site: Site, old: StepLock | None) -> StepLock:
         host = host_uv()
@@ -160,7 +125,7 @@ class Python:
         below = {name for name, _ in _pins(read_out(out, "below.txt").decode("utf-8", "replace"))}
         wheels = []
         for entry in found:
-            if _normal(entry["name"]) in below:
+            if normal(entry["name"]) in below:
                 continue
             wheels.append(self._choose(entry, site) or self._build(site, entry, host))
         tool = next((self._choose(entry, site) for entry in _entries(out, "pylock.tool.toml")), None)
@@ -219,7 +184,7 @@ class Python:
             number = min((rank.get(tag, len(order)) for tag in tags), default=len(order))
             if best is None or number < best[0]:
                 sha256 = wheel.get("hashes", {}).get("sha256", "")
-                made = Wheel(_normal(entry["name"]), entry["version"], file, sha256, int(wheel.get("size", 0)))
+                made = Wheel(normal(entry["name"]), entry["version"], file, sha256, int(wheel.get("size", 0)))
                 best = number, made, wheel["url"]
         if best is None:
             return None
@@ -232,7 +197,7 @@ class Python:
     def _build(self, site: Site, entry: Mapping[str, Any], uv: str) -> Wheel:
         """A wheel from a source distribution, built by what that asks for itself."""
         sdist = entry.get("sdist")
-        name, version = _normal(entry["name"]), entry.get("version", "")
+        name, version = normal(entry["name"]), entry.get("version", "")
         if not sdist:
             raise BuildFailed("build a Python package", f"{name} has neither a wheel nor a source archive")
         file = sdist.get("name") or _file_name(sdist["url"])
@@ -301,7 +266,7 @@ class Python:
         env = _environment() | {"UV_CACHE_DIR": "/tmp/uv-cache", "UV_LINK_MODE": "hardlink", "INSTALL": _INSTALL}
         return [
             Run(("/bin/sh", "-c", _PYTHON, "python", _UV), env, mounts),
-            Run(("/bin/sh", "-c", _COMPILE, "compile"), {"COMPILE": _COMPILE_FILES}),
+            bytecode.run(locked.wheels, site),
         ]
 
     def _addresses(self) -> Iterator[str]:
@@ -350,7 +315,7 @@ def _requires(out: Path, name: str) -> list[int]:
 
 
 def _pins(text: str) -> list[tuple[str, str]]:
-    return [(_normal(name), version) for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)]
+    return [(normal(name), version) for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)]
 
 
 def _as_pylock(wheels: Iterable[Wheel]) -> str:
@@ -373,11 +338,6 @@ def _platforms(machine: str) -> Iterator[str]:
 
 def _file_name(address: str) -> str:
     return unquote(urlsplit(address).path.rpartition("/")[2])
-
-
-def _normal(name: str) -> str:
-    """The project name as indexes write it (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 # The index that the step serves to itself (PEP 503)
