@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks import builds, kernels
 from benchmarks.measure import Figure, bounded, by_turns, compare, timed
 from benchmarks.peers import Crun, Podman
-from benchmarks.scene import OURS, PLAIN, TOP, Scene, say
+from benchmarks.scene import OURS, PLAIN, TOP, Scene, say, stage
 from workbench.model import WorkbenchError
 
 
@@ -30,9 +30,10 @@ class Effort:
     blocks: int = 20
     memory: int = 20
     builds: int = 2
+    tensorflow: int = 8
 
 
-QUICK = Effort(starts=5, true=15, processes=4, fiftieth=3, loops=5, blocks=6, memory=10, builds=1)
+QUICK = Effort(starts=5, true=15, processes=4, fiftieth=3, loops=5, blocks=6, memory=10, builds=1, tensorflow=3)
 
 
 def first_results(scene: Scene, podman: Podman | None, effort: Effort) -> Iterator[Figure]:
@@ -228,6 +229,14 @@ def _blocks(folder: str) -> int:
     return total
 
 
+def tensorflow(scene: Scene, effort: Effort) -> Iterator[Figure]:
+    """The image that takes longest to say its first word."""
+    asked = "import tensorflow as tf", "int(tf.linalg.matmul(tf.fill((2, 3), 2), tf.fill((3, 2), 7))[0, 0])"
+    with stage(scene.base, "python-tensorflow-linux", "-tf") as other:
+        values = by_turns([kernels.ours(other, *asked), kernels.plain(other, *asked)], effort.tensorflow)
+    yield compare("first TensorFlow result of a kernel / plain kernel", *values, 1.05, against="same files, plain")
+
+
 def every(scene: Scene, podman: Podman | None, effort: Effort, chosen: str) -> Iterator[Figure]:
     """All of them, each told when it is done. chosen: only groups whose name holds it."""
     groups: dict[str, Callable[[], Iterator[Figure]]] = {
@@ -239,6 +248,7 @@ def every(scene: Scene, podman: Podman | None, effort: Effort, chosen: str) -> I
         "round": lambda: round_trips(scene, effort),
         "memory": lambda: memory(scene, effort),
         "disk": lambda: disk(scene),
+        "tensorflow": lambda: tensorflow(scene, effort),
         "builds": lambda: builds.builds(scene, podman, effort.builds),
     }
     for name, group in groups.items():

@@ -46,9 +46,9 @@ class Client:
         made.connect(f"{info['transport']}://{info['ip']}{between}{info[channel + '_port']}")
         return made
 
-    def result(self) -> None:
-        """Ask for 6 x 7 and wait for the answer."""
-        content = {"code": "", "silent": False, "store_history": False, "user_expressions": {"answer": "6 * 7"},
+    def result(self, code: str = "", expression: str = "6 * 7") -> None:
+        """Run some code, ask for what is 42, and wait for the answer."""
+        content = {"code": code, "silent": False, "store_history": False, "user_expressions": {"answer": expression},
                    "allow_stdin": False, "stop_on_error": True}  # fmt: skip
         self._session.send(self._shell, "execute_request", content)
         reply = self._receive(self._shell)
@@ -101,12 +101,12 @@ def managed(name: str, folder: str) -> KernelManager:
 class Managed:
     """A kernel under jupyter_client, as servers start them: the plain one or ours, by its kernelspec."""
 
-    def __init__(self, scene: Scene, name: str) -> None:
+    def __init__(self, scene: Scene, name: str, *asked: str) -> None:
         start = time.perf_counter()
         self.manager = managed(name, str(scene.work))
         self.client = Client(self.manager.get_connection_info())
         try:
-            self.client.result()
+            self.client.result(*asked)
         except BaseException:
             self.close()
             raise
@@ -124,20 +124,20 @@ class Managed:
         self.close()
 
 
-def first_result(scene: Scene, name: str) -> float:
-    """Seconds from nothing to the first result."""
-    with Managed(scene, name) as kernel:
+def first_result(scene: Scene, name: str, *asked: str) -> float:
+    """Seconds from nothing to the first result; asked: see ``Client.result``."""
+    with Managed(scene, name + scene.mark, *asked) as kernel:
         return kernel.seconds
 
 
-def ours(scene: Scene) -> Callable[[], float]:
+def ours(scene: Scene, *asked: str) -> Callable[[], float]:
     """Starts a container kernel; seconds to its first result."""
-    return lambda: first_result(scene, OURS)
+    return lambda: first_result(scene, OURS, *asked)
 
 
-def plain(scene: Scene) -> Callable[[], float]:
+def plain(scene: Scene, *asked: str) -> Callable[[], float]:
     """Starts a plain kernel; seconds to its first result."""
-    return lambda: first_result(scene, PLAIN)
+    return lambda: first_result(scene, PLAIN, *asked)
 
 
 def in_podman(scene: Scene, podman: Podman) -> Callable[[], float]:

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ class Scene:
     tree: Path
     enter: tuple[str, ...]
     env: dict[str, str]
+    mark: str = ""
 
     def plain(self, *command: str) -> list[str]:
         """A command of the image's, run without a container."""
@@ -68,22 +69,22 @@ def folders() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def stage(base: Path) -> Iterator[Scene]:
-    """Build (or find) the image, copy its tree, write the kernelspecs."""
+def stage(base: Path, recipe: str = "python", mark: str = "") -> Iterator[Scene]:
+    """Build (or find) the image, copy its tree, write the kernelspecs; ``mark`` ends the names of all that is made."""
     from workbench.workbench import Workbench
 
     bench = Workbench()
     try:
-        say("image: recipe python")
-        image = bench.build(str(TOP / "recipes" / "python"), refresh=True, progress=lambda line: say(f"  {line}")).image
-        work, tree = base / "work", base / "tree"
+        say(f"image: recipe {recipe}")
+        image = bench.build(str(TOP / "recipes" / recipe), refresh=True, progress=lambda line: say(f"  {line}")).image
+        work, tree = base / f"work{mark}", base / f"tree{mark}"
         for path in (work, tree):
             path.mkdir()
         _copy(bench, image, tree)
         _forget(tree, *(bench.store.layer(diff_id) for diff_id in image.diff_ids))
         env = {**dict(image.env), "HOME": "/root"}
-        with _entered(tree, base) as enter:
-            scene = Scene(base, work, bench, image, tree, enter, env)
+        with _entered(tree, (base / "j", work)) as enter:
+            scene = Scene(base, work, bench, image, tree, enter, env, mark)
             _kernelspecs(scene)
             yield scene
     finally:
@@ -125,10 +126,10 @@ def _forget(*trees: Path) -> None:
 
 
 @contextlib.contextmanager
-def _entered(tree: Path, base: Path) -> Iterator[tuple[str, ...]]:
+def _entered(tree: Path, shown: Sequence[Path]) -> Iterator[tuple[str, ...]]:
     """A process with ``tree`` as its root, whose mounts end with it; the command that joins it."""
     root = os.geteuid() == 0
-    binds = [f"mkdir -p {tree}{path} && mount --bind {path} {tree}{path}" for path in (base / "j", base / "work")]
+    binds = [f"mkdir -p {tree}{path} && mount --bind {path} {tree}{path}" for path in shown]
     script = " && ".join([
         f"mount --rbind /proc {tree}/proc", f"mount --rbind /dev {tree}/dev", *binds,
         "echo ready", f"exec chroot {tree} sleep infinity",
@@ -152,12 +153,11 @@ def _entered(tree: Path, base: Path) -> Iterator[tuple[str, ...]]:
 
 def _kernelspecs(scene: Scene) -> None:
     assert scene.image.kernel is not None
-    write_kernelspec(scene.base, PLAIN, {"argv": scene.plain(*scene.image.kernel.argv)})
+    write_kernelspec(scene.base, PLAIN + scene.mark, {"argv": scene.plain(*scene.image.kernel.argv)})
     config = {"image": scene.image.id, "home": scene.workbench.home}
     provisioner = {"provisioner_name": "workbench", "config": config}
-    write_kernelspec(
-        scene.base, OURS, {"argv": ["unused", "{connection_file}"], "metadata": {"kernel_provisioner": provisioner}}
-    )
+    metadata = {"kernel_provisioner": provisioner}
+    write_kernelspec(scene.base, OURS + scene.mark, {"argv": ["unused", "{connection_file}"], "metadata": metadata})
 
 
 def write_kernelspec(base: Path, name: str, spec: dict[str, Any]) -> None:
