@@ -147,6 +147,28 @@ def test_a_recipe_that_stands_on_itself_is_refused(cli, image):
     assert done.err.splitlines()[-1].endswith("stands on itself; correct base.recipe")
 
 
+@pytest.mark.parametrize("kind", ["OPENSSH ", "RSA ", "EC ", "ENCRYPTED ", ""])
+@pytest.mark.parametrize("way", ["files", "run"])
+def test_a_private_key_never_ships(cli, image, way, kind):
+    line = f"-----BEGIN {kind}PRIVATE KEY-----"
+    script = f"mkdir -p /srv/keys; echo '{line}' > /srv/keys/id"
+    table = '[files]\n"/srv/keys" = "keys"\n' if way == "files" else f"[[run]]\nscript = {json.dumps(script)}\n"
+    folder = written("keys", '[base]\nimage = "python"\n' + table)
+    (folder / "keys").mkdir()
+    (folder / "keys" / "id").write_text(f"my key\n{line}\nMHcCAQEE\n")
+    (folder / "keys" / "id.pub").write_text("-----BEGIN PUBLIC KEY-----\n")
+    done = cli("build", str(folder))
+    assert done.code == 1
+    assert "leaves a private key in /srv/keys/id;" in done.err.splitlines()[-1]
+
+
+def test_keys_that_packages_make_for_one_machine_stay_out(cli, image):
+    found = built(cli, written("sshd", SUITE + '[apt]\npackages = ["openssh-server", "ssl-cert"]\n'))
+    shown = inside(cli, found["id"], "ls /usr/sbin/sshd /etc/ssh /etc/ssl/private /etc/ssl/certs | grep -v pem; true")
+    assert "/usr/sbin/sshd" in shown and "sshd_config" in shown
+    assert "ssh_host" not in shown and ".key" not in shown
+
+
 def test_a_whole_recipe_folder_as_files_has_a_lock_that_holds(cli, image):
     folder = written("whole", SUITE + '[files]\n"/srv/repo" = "."\n')
     assert cli("lock", str(folder), "--vendor", str(folder / "vendor")).code == 0

@@ -13,10 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
+
+from workbench.jupyter import kernelspecs
+from workbench.workbench import Workbench
 
 TOP = Path(__file__).resolve().parent.parent.parent
 PICTURES = os.environ.get("WORKBENCH_PICTURES")
@@ -111,6 +115,40 @@ def test_jupyterlab_shows_a_card_and_runs_a_notebook(image, tmp_path, page, no_n
     finally:
         app.close()
         shutil.rmtree(root)
+
+
+def test_the_launcher_with_twenty_images(image, tmp_path, page, no_news):
+    """Each can be told from the others, with a logo; those of one language stand together."""
+    root = tmp_path / "root"
+    root.mkdir()
+    bench = Workbench()
+    made = bench.image(image)
+    names = [f"team/tools-{number:02}" for number in range(20)]
+    try:
+        for number, name in enumerate(names):
+            bench.refs.set(name, image)
+            language, title = (("python", "Python 3 (pandas, matplotlib)"), ("R", f"R {number:02}"))[number % 2]
+            kernel = replace(made.kernel, language=language, display_name=title)
+            kernelspecs.write(name, replace(made, kernel=kernel))
+        app = App("lab", root)
+        try:
+            page.goto(f"{app.url}/lab?token=t&reset")
+            cards = page.locator(".jp-Launcher-section").first.locator(".jp-LauncherCard")
+            expect(cards.nth(20)).to_be_visible(timeout=60_000)
+            titles = [card.get_attribute("title") or "" for card in cards.all()]
+            ours = [title for title in titles if title.startswith(("Python 3 (pandas", "R "))]
+            assert len(set(ours)) == len(ours) >= 21
+            languages = [title.split()[0] for title in ours]
+            assert languages == sorted(languages), "grouped by language"
+            assert all(card.locator("img").evaluate("image => image.naturalWidth > 0") for card in cards.all())
+            if PICTURES:
+                page.screenshot(path=f"{PICTURES}/launcher-20.png")
+        finally:
+            app.close()
+    finally:
+        for name in names:
+            kernelspecs.remove(name)
+            bench.refs.delete(name)
 
 
 def test_notebook_7_runs_a_notebook(image, tmp_path, page):

@@ -338,6 +338,7 @@ class _Build(Workplace):
         tree = self.run_all(step, step.runs(locked, taken, self), "container")
         self.progress(f"  {step.name}: keeping the layer")
         userns.call("workbench.images.layer:normalise", str(tree), self.lowers(), self.epoch, EXCLUDE)
+        self._refuse_keys(step, str(tree))
         diff_id = self.store.add_tree(tree)
         locked = msgspec.structs.replace(locked, diff_id=diff_id, sums={})
         known = {"diff_id": diff_id, "epoch": self.epoch, "step": step.name, "lock": msgspec.to_builtins(locked)}
@@ -346,6 +347,16 @@ class _Build(Workplace):
             self._remember(wish, known)
         self.progress(f"{step.name}: done in {time.monotonic() - began:.1f} s ({diff_id[7:19]})")
         return self._took(step, known)
+
+    def _refuse_keys(self, step: Step, tree: str) -> None:
+        """Whoever gets the image would have them."""
+        if not step.own:
+            return
+        if found := userns.call("workbench.build.keys:find", tree):
+            raise BuildFailed(
+                f"build {self.recipe.name}, step {step.name}", f"it leaves a private key in /{', /'.join(found)}",
+                "make it when a container starts, or mount it",
+            )  # fmt: skip
 
     def _fetch_ahead(self, step: Step, locked: StepLock) -> None:
         """Begin with the files of this step and, where the lock tells them, of those after it."""

@@ -30,6 +30,7 @@ class Files:
     """Files and folders beside the recipe, owned by root, with the clamping time: a checkout's own say nothing."""
 
     name = "files"
+    own = True
 
     def __init__(self, files: Mapping[str, str], folder: Path) -> None:
         self._sources = {target: beside(folder, source, f"{folder}: files") for target, source in files.items()}
@@ -63,6 +64,8 @@ class Files:
 
 class Script:
     """A shell script of the recipe's own; without a network it depends on nothing that the lock does not name."""
+
+    own = True
 
     def __init__(self, number: int, table: RunTable) -> None:
         self.name = f"run-{number}"

@@ -26,6 +26,7 @@ from urllib.parse import unquote
 
 from msgspec.structs import replace
 
+from workbench.build import keys
 from workbench.build.fetch import File
 from workbench.build.lock import Deb, StepLock
 from workbench.build.steps import IN, OUT, Run, Site, count, hand_over, read_out
@@ -62,13 +63,13 @@ _PROGRAMS = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _CLEAN = r"""
 rm -f /var/cache/ldconfig/aux-cache /var/cache/apt/*.bin /var/lib/dpkg/*-old /var/cache/debconf/*-old
 find /var/log -type f -exec rm -f {} +
-if command -v fc-cache >/dev/null; then
+FORGETif command -v fc-cache >/dev/null; then
   # fc-cache deletes its caches when SOURCE_DATE_EPOCH is set, and records folder times when it is not.
   fonts="/usr/share/fonts /usr/local/share/fonts"
   find $fonts -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} + 2>/dev/null || true
   env -u SOURCE_DATE_EPOCH fc-cache -s >/dev/null 2>&1 || true
 fi
-"""
+""".replace("FORGET", keys.FORGET.lstrip())
 
 # mmdebstrap's hooks, run outside of the new root, which is $1. Its own way to make /dev mounts a devpts for an
 # id that a host without id ranges does not have.
@@ -157,6 +158,7 @@ class Base:
     """Debian's minimal system."""
 
     name = "base"
+    own = False
 
     def __init__(self, suite: str) -> None:
         self.asks: dict[str, Any] = {"suite": suite}
@@ -206,6 +208,7 @@ class Apt:
     """Packages that apt-get adds."""
 
     name = "apt"
+    own = False
 
     def __init__(self, packages: Iterable[str]) -> None:
         self.asks: dict[str, Any] = {"packages": list(packages)}

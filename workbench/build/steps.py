@@ -78,11 +78,13 @@ class Site(Protocol):
 
 
 class Step(Protocol):
-    """A step. name: for people and files; title: what it does; asks: what the recipe says of it."""
+    """A step. name: for people and files; title: what it does; asks: what the recipe says of it; own: whether what it
+    leaves is the recipe's own, and not of packages that others made."""
 
     name: str
     title: str
     asks: dict[str, Any]
+    own: bool
 
     def marks(self) -> dict[str, Any]:
         """What else than its files leaves a mark in the layer: programs, scripts."""

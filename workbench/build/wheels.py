@@ -99,6 +99,7 @@ class Python:
     """Python packages and pip, in /opt/venv."""
 
     name = "python"
+    own = False
 
     def __init__(self, packages: Iterable[str]) -> None:
         packages = list(packages)

@@ -90,11 +90,15 @@ def _content(image_name: str, image: Image, mounts: Sequence[str]) -> dict[str, 
     kernel = image.kernel
     assert kernel is not None
     config: dict[str, Any] = {"image": image_name}
+    display_name = kernel.display_name or image_name
+    own = kernel_name(image_name)
+    if any(known.get("display_name") == display_name for name, known in written() if name != own):
+        display_name = f"{display_name} [{image_name}]"  # two cards of one name say nothing
     if mounts:
         config["mounts"] = list(mounts)
     content: dict[str, Any] = {
         "argv": [*_launcher(), image_name, "{connection_file}"],
-        "display_name": kernel.display_name or image_name,
+        "display_name": display_name,
         "language": kernel.language,
         # A client that starts argv itself signals processes; one message is surer where the kernel knows it.
         "interrupt_mode": kernel.interrupt_mode,
