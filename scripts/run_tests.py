@@ -14,6 +14,7 @@ import hashlib
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,8 @@ class Part:
 def main(arguments: Sequence[str]) -> int:
     """pytest's exit code of the first part that failed."""
     started = time.monotonic()
+    # Started in the background by a shell it is ignored, also in what the tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         parts = parts_of_root(arguments) if os.geteuid() == 0 else parts_of_a_user(arguments)
     except StepError as error:

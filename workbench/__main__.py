@@ -19,8 +19,9 @@ def main() -> None:
 
     Ends without taking the interpreter apart: everything was closed, and that alone takes 10 ms.
     """
-    code = cli.main(sys.argv[1:], _kernelspecs)
+    code = 141
     try:
+        code = cli.main(sys.argv[1:], _kernelspecs)
         sys.stdout.flush()
         sys.stderr.flush()
     except BrokenPipeError:  # whoever read our output has seen enough

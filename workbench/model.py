@@ -177,7 +177,7 @@ class Image:
     """An immutable environment. ``id`` is the sha256 of its OCI config (``sha256:<hex>``).
 
     diff_ids: lowest layer first, as in the OCI image spec's ``rootfs.diff_ids``; network: what its containers reach at
-    the most.
+    the most; parent: the ID of the image that a snapshot was taken over.
     """
 
     id: str
@@ -188,6 +188,7 @@ class Image:
     kernel: Kernel | None = None
     limits: Limits = field(default_factory=Limits)
     network: Network | None = None
+    parent: str = ""
     created: str = ""
     labels: tuple[tuple[str, str], ...] = ()
 
@@ -222,6 +223,14 @@ NOT_ENVIRONMENT: tuple[str, ...] = (
     "root/.cache/", "root/.ipython/", "root/.local/share/jupyter/runtime/",
     "root/.bash_history", "root/.python_history",
     "var/cache/apt/", "var/lib/apt/lists/", "var/log/",
+)  # fmt: skip
+
+
+#: What of a writable layer no snapshot takes either: what names or lets in its owner.
+CREDENTIALS: tuple[str, ...] = (
+    "root/.netrc", "root/.pypirc", "root/.git-credentials", "root/.config/git/credentials", "root/.ssh/",
+    "root/.pip/pip.conf", "root/.config/pip/pip.conf", "etc/pip.conf", "root/.config/uv/", "etc/uv/",
+    "root/.local/share/uv/credentials/", "etc/apt/auth.conf", "etc/apt/auth.conf.d/",
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from traitlets import Bool, CUnicode, Float, Integer, List, Unicode, default
+from traitlets import Bool, CUnicode, Float, Integer, List, TraitError, Unicode, default, validate
 from traitlets.config import LoggingConfigurable
 
 from workbench.containers import host_settings, spec
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from workbench.build.builder import Built, Options
+    from workbench.history.diff import Diff
+    from workbench.history.log import Entry
+    from workbench.history.snapshot import Snapshot
     from workbench.images.refs import Refs
     from workbench.images.store import Store
 
@@ -70,6 +73,13 @@ class Workbench(LoggingConfigurable):
         True, help="Offer the host's CA bundle, proxies and pip, uv and apt index settings to containers and builds."
     ).tag(config=True)
     home.tag(config=True)
+
+    @validate("network")
+    def _check_network(self, proposal: dict[str, Any]) -> str:
+        try:
+            return parse_network(proposal["value"])
+        except InvalidInput as error:
+            raise TraitError(str(error)) from None
 
     @default("home")
     def _default_home(self) -> str:
@@ -160,7 +170,15 @@ class Workbench(LoggingConfigurable):
 
     def image(self, text: str) -> Image:
         """An image by name, ID or beginning of its ID. Raises NotFound, InvalidInput."""
-        return self.store.image(self.refs.resolve(text))
+        return self.store.image(self._resolve(text))
+
+    def _resolve(self, text: str) -> str:
+        """The ID behind a name, an ID, or a revision such as ``name~2``."""
+        if not any(sign in text for sign in "~^{"):
+            return self.refs.resolve(text)
+        from workbench.history import log
+
+        return log.resolve(self.store, self.refs, text)
 
     def images(self) -> list[dict[str, Any]]:
         """A row for each image."""
@@ -220,7 +238,7 @@ class Workbench(LoggingConfigurable):
         of the configuration's. forwards, names: see ``ContainerSpec``.
         Raises NotFound, InvalidInput, HostLacks.
         """
-        image_id = self.refs.resolve(image)
+        image_id = self._resolve(image)
         with self.store.lease(image_id):
             found = self.store.image(image_id)
             wanted = self._spec(found, argv, cwd, env or {}, terminal, mounts, limits, network)
@@ -238,7 +256,7 @@ class Workbench(LoggingConfigurable):
         hidden, fixed = spec.guard(shown, homes=_homes(), private=self._private(), programs=_programs())
         suite = dict(image.labels).get(SUITE_LABEL)
         settings = self.settings(suite)
-        granted = parse_network(network or self.network)
+        granted = parse_network(network) if network else self.network
         # What an image says at the most is no name of a network: that is for its user to choose.
         chosen = granted if image.network in (None, "outbound") else narrower(granted, image.network)
         container_id = new_id()
@@ -322,6 +340,41 @@ class Workbench(LoggingConfigurable):
         except FileNotFoundError:
             return ""
 
+    # History
+
+    def snapshot(
+        self, text: str, *, message: str, author: str = "", name: str = "", when: int | None = None,
+        look_only: bool = False,
+    ) -> Snapshot:  # fmt: skip
+        """Take a snapshot of a container, by its ID; see ``history.snapshot.take``."""
+        from workbench.history import snapshot
+
+        return snapshot.take(
+            self.store, self.refs, self.container(text), message=message, author=author, name=name, when=when,
+            look_only=look_only,
+        )  # fmt: skip
+
+    def log(self, text: str) -> Iterator[Entry]:
+        """An image and those that it stands on, the newest first. Raises NotFound, InvalidInput."""
+        from workbench.history import log
+
+        return log.entries(self.store, self.refs, self._resolve(text))
+
+    def diff(self, one: str, other: str) -> Diff:
+        """What lies between two images: packages and files. Raises NotFound, InvalidInput."""
+        from workbench.history import diff
+
+        return diff.between(self.store, self.image(one), self.image(other))
+
+    def tag(self, name: str, text: str, *, force: bool = False) -> Image:
+        """Give an image another name. Raises Conflict for a name that is another image's, unless ``force``."""
+        image = self.image(text)
+        known = self.refs.all().get(name if ":" in name else f"{name}:latest")
+        if known not in (None, image.id) and not force:
+            raise Conflict(f"tag {text}", f"{name} is the name of {str(known)[7:19]}", "move it with --force")
+        self.refs.set(name, image.id, f"tag: {text}")
+        return image
+
     # Housekeeping
 
     def sweep(self) -> list[str]:
@@ -333,7 +386,7 @@ class Workbench(LoggingConfigurable):
         from workbench.build.cache import Cache
 
         self.sweep()
-        done = self.store.gc(container.image_id for container in self.containers)
+        done = self.store.gc(image for container in self.containers for image in container.images)
         cache = Cache(self.home)
         cache.prune(self.store.has_layer)
         return done | {"bytes": done["bytes"] + cache.drop_downloads()}

@@ -104,6 +104,7 @@ def test_containers_do_not_reach_each_other(ids: dict[str, Any]) -> None:
         assert len(set(found["addresses"])) == 2
 
 
+@pytest.mark.alone
 def test_many_at_once(ids: dict[str, Any]) -> None:
     times = userns.call(f"{PROBE}:many", ids, 50)
     assert len(times) == 50

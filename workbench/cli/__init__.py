@@ -61,6 +61,8 @@ def main(argv: Sequence[str], kernelspecs: Callable[[], Kernelspecs]) -> int:
             raise
         print(f"jupyter workbench: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever reads has seen enough; see __main__.py
+        raise
     except OSError as error:
         if debug:
             raise

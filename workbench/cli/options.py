@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from workbench.model import InvalidInput, parse_network
+
 PROG = "jupyter workbench"
 CONFIG_NAME = "jupyter_workbench_config"
 #: ``--Workbench.memory=2G``: any setting of a configuration file, as with every Jupyter application.
@@ -85,12 +87,19 @@ def _rmi(parser: argparse.ArgumentParser) -> None:
     _several(parser, "image")
 
 
+def _network(text: str) -> str:
+    try:
+        return parse_network(text)
+    except InvalidInput as error:
+        raise argparse.ArgumentTypeError(error.obstacle) from None
+
+
 def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", metavar="SIZE", help='at most so much memory, like "512M" or "2G"')
     parser.add_argument("--processes", metavar="N", type=int, help="at most so many processes and threads")
     parser.add_argument("--cpus", metavar="N", type=float, help="at most so many processors, like 1.5")
     parser.add_argument(
-        "--network", metavar="NETWORK",
+        "--network", metavar="NETWORK", type=_network,
         help="none; outbound (reach out, not be reached); lan:NAME (that, and find each other); host (the host's own)",
     )  # fmt: skip
     parser.add_argument("--name", metavar="NAME", help="how others find it in a network lan:NAME")
@@ -135,6 +144,47 @@ def _rm(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", "-f", action="store_true", help="stop it first if it runs")
 
 
+def _snapshot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "container", metavar="CONTAINER", nargs="?", help="by its ID or the beginning of it (default: the only one)"
+    )
+    parser.add_argument("-m", "--message", metavar="TEXT", help="what changed; the first line is its summary")
+    parser.add_argument("-t", "--tag", metavar="NAME", help="point this name at it, and at those that follow")
+    parser.add_argument("-a", "--author", metavar="NAME", help="default: user.name and user.email of git")
+    parser.add_argument("--dry-run", action="store_true", help="only list what would be taken, and what left out")
+    _json(parser)
+
+
+def _log(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE", help="a name, an ID, or a revision such as name~2 or name@{1}")
+    parser.add_argument("-n", dest="number", metavar="N", type=int, help="at most so many")
+    parser.add_argument("--oneline", action="store_true", help="one line for each")
+    _json(parser)
+
+
+def _files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stat", action="store_true", help="files with their sizes, too")
+    parser.add_argument("--name-status", action="store_true", help="every file, and nothing else")
+    _json(parser)
+
+
+def _show(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE", help="a name, an ID or a revision")
+    _files(parser)
+
+
+def _diff(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("one", metavar="ONE", help="a name, an ID or a revision")
+    parser.add_argument("other", metavar="OTHER", help="what it is compared with")
+    _files(parser)
+
+
+def _tag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="a name, or name:tag")
+    parser.add_argument("image", metavar="IMAGE", help="a name, an ID or a revision")
+    parser.add_argument("--force", "-f", action="store_true", help="move the name when another image has it")
+
+
 def _check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repair", action="store_true", help="mend what can be mended")
     _json(parser)
@@ -176,6 +226,26 @@ COMMANDS: dict[str, Command] = {
          ("run --network none --memory 1G python python -V", "within limits"),
          ("run --network lan:dask --name scheduler python bash", "others of lan:dask find it as `scheduler`")),
     ),
+    "snapshot": Command(
+        "commit what a container changed as a layer", _snapshot, "workbench.cli.history:snapshot",
+        "Take a snapshot of a container: what it changed over its image becomes a layer,\n"
+        "and with it a new image with a message, an author and a parent. The container\n"
+        "stands still for a moment and goes on. Caches, temporary files, mounted folders\n"
+        "and files with credentials are left out.",
+        (("snapshot 3f2a -m 'add seaborn' -t plots", "the image `plots`, and a kernel wb-plots"),
+         ("snapshot 3f2a --dry-run", "what would be taken")),
+    ),
+    "log": Command(
+        "show the history of an image", _log, "workbench.cli.history:log",
+        examples=(("log plots", "each snapshot with author, date and message"), ("log -n 5 --oneline plots", "")),
+    ),
+    "show": Command("show an image and what it changed", _show, "workbench.cli.history:show_image"),
+    "diff": Command(
+        "show what lies between two images", _diff, "workbench.cli.history:diff",
+        "Packages first (Debian's, Python's, R's), then files.",
+        (("diff plots~1 plots", "what the last snapshot changed"), ("diff --name-status python plots", "every file")),
+    ),
+    "tag": Command("give an image another name", _tag, "workbench.cli.history:tag"),
     "ps": Command("list containers", _ps, "workbench.cli.commands:ps"),
     "logs": Command("what a container's kernel or command wrote", _logs, "workbench.cli.commands:logs"),
     "stop": Command("stop running containers", _stop, "workbench.cli.commands:stop"),

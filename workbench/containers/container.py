@@ -78,6 +78,11 @@ class Container:
         return group.usage() if group else None
 
     @property
+    def images(self) -> set[str]:
+        """The images that it needs: the one that it runs over, and its last snapshot."""
+        return {self.image_id, str(state.load_head(self.folder)["image"])}
+
+    @property
     def image_id(self) -> str:
         """The image that it runs over."""
         return str(state.load(self.folder)["image"])

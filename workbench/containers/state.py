@@ -6,6 +6,7 @@
                     lock            held (flock(2)) by the helper while it runs
                     log             what its main process wrote outside of the protocol
                     stop            there when its owner stopped it, until it is started again
+                    head.json       the last snapshot taken of it; index-*.json: what that holds
                     writable/       upper/ and work/ of the overlay
 
 Sockets and connection file are in a folder of their own (``run_dir``), at /run/workbench inside: its path is short
@@ -30,6 +31,7 @@ from workbench.model import NOT_ENVIRONMENT, Conflict, Exit, NotFound
 
 STATE = "state.json"
 STOP = "stop"
+HEAD = "head.json"
 #: What is known of the end of a container that nobody saw.
 KILLED_WITH_ITS_LAUNCHER = {"status": "exited", "pid": None, "exit": asdict(Exit(137, "killed with its launcher"))}
 
@@ -235,6 +237,32 @@ def remove_run_dir(run_dir: str) -> None:
     trees.remove(run_dir)
     with suppress(OSError):
         os.rmdir(os.path.dirname(run_dir))
+
+
+def load_head(folder: str) -> dict[str, Any]:
+    """The last snapshot: ``image``, ``ref``, ``layers`` (of its snapshots, the oldest first) and the ``index``'s name.
+
+    Before the first the image that it runs over, and no index.
+    """
+    try:
+        with open(os.path.join(folder, HEAD)) as file:
+            found: dict[str, Any] = json.load(file)
+            return found
+    except FileNotFoundError:
+        return {"image": load(folder)["image"], "ref": "", "layers": [], "index": ""}
+
+
+def save_head(folder: str, head: dict[str, Any]) -> None:
+    """Replace it, durably; an index that it no longer names goes."""
+    new = os.path.join(folder, f".{HEAD}.new")
+    with open(new, "w") as file:
+        json.dump(head, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, os.path.join(folder, HEAD))
+    for path in glob.glob(os.path.join(glob.escape(folder), "index-*.json")):
+        if os.path.basename(path) != head["index"]:
+            os.unlink(path)
 
 
 def has_changes(upper: str, layers: Iterable[str]) -> bool:

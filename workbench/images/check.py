@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from workbench.images import config, files
+from workbench.images.files import TAR
 from workbench.images.refs import Refs
 from workbench.linux import userns
 from workbench.model import Image, Problem, WorkbenchError
@@ -101,6 +102,8 @@ class _Check:
             path, digest = os.path.join(folder, name), f"sha256:{name}"
             stem = name.partition(".")[0]
             if config.DIGEST.fullmatch(f"sha256:{stem}") and stem != name:
+                if name == stem + TAR:
+                    self.kept_tar(path, f"sha256:{stem}")
                 continue  # beside a tree that is there, or about to be; gc takes those of none
             if not config.DIGEST.fullmatch(digest) or not os.path.isdir(path):
                 if self.found(f"layer {name[:12]}", "is no layer's folder"):
@@ -110,8 +113,18 @@ class _Check:
             if not wrong:
                 self.layers.add(digest)
             elif self.found(f"layer {digest[:19]}", wrong, _AGAIN):
-                self.store.drop_layer(digest, self.trash)
+                if os.path.isfile(path + TAR):  # it can be laid out again
+                    self.discard(path)
+                else:
+                    self.store.drop_layer(digest, self.trash)
                 files.sync_folder(folder)
+
+    def kept_tar(self, path: str, digest: str) -> None:
+        """A layer that a snapshot left as its tar."""
+        if not self.deep or files.digest(path) == digest:
+            self.layers.add(digest)
+        elif self.found(f"layer {digest[:19]}", "its tar is not what its digest says", "take the snapshot again"):
+            self.discard(path)
 
     def tree(self, path: str, digest: str) -> str:
         """What is wrong with a layer's files, or nothing."""

@@ -19,6 +19,8 @@ from workbench.model import NETWORKS, Corrupt, Image, InvalidInput, Kernel, Limi
 KERNEL_LABEL = "org.jupyter.workbench.kernel"
 LIMITS_LABEL = "org.jupyter.workbench.limits"
 NETWORK_LABEL = "org.jupyter.workbench.network"
+#: The image that a snapshot was taken over.
+PARENT_LABEL = "org.jupyter.workbench.parent"
 
 #: A digest as the OCI spec writes it; only sha256 is in use.
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -68,6 +70,7 @@ def encode(
     kernel: Kernel | None = None,
     limits: Limits = _NONE,
     network: Network | None = None,
+    parent: str = "",
     created: str = "",
     labels: Iterable[tuple[str, str]] | Mapping[str, str] = (),
     history: Iterable[Mapping[str, Any]] = (),
@@ -93,6 +96,8 @@ def encode(
         marks[LIMITS_LABEL] = _compact(limits)
     if network is not None:
         marks[NETWORK_LABEL] = network
+    if parent:
+        marks[PARENT_LABEL] = parent
     run: dict[str, Any] = {"Env": [f"{name}={value}" for name, value in pairs], "WorkingDir": working_dir}
     if cmd:
         run["Cmd"] = list(cmd)
@@ -136,6 +141,9 @@ def decode(data: bytes) -> Image:
         raise InvalidInput(
             "read an image's config", f"its label {NETWORK_LABEL} is {network!r}", "build the image again"
         )
+    parent = labels.pop(PARENT_LABEL, "")
+    if parent and not DIGEST.fullmatch(parent):
+        raise InvalidInput("read an image's config", f"its label {PARENT_LABEL} is no image ID", "take it again")
     pairs = (entry.partition("=") for entry in run.env or ())
     return Image(
         id=digest_of(data),
@@ -146,6 +154,7 @@ def decode(data: bytes) -> Image:
         kernel=kernel,
         limits=limits or _NONE,
         network=network,
+        parent=parent,
         created=document.created or "",
         labels=tuple(sorted(labels.items())),
     )

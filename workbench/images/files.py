@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import stat
@@ -65,6 +66,31 @@ def write_file(path: str, data: bytes, mode: int = 0o600) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+#: What a snapshot leaves, until a launch first needs its tree, stands beside where that will be.
+TAR = ".tar"
+
+
+def digest(path: str) -> str:
+    """``sha256:<hex>`` of a file."""
+    with open(path, "rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copy_checked(source: str, target: str, expected: str) -> bool:
+    """Copy a file durably if its digest is as expected; else nothing is left, and False."""
+    with open(source, "rb") as file, open(target, "wb") as copy:
+        whole = hashlib.sha256()
+        while data := file.read(1 << 20):
+            whole.update(data)
+            copy.write(data)
+        copy.flush()
+        os.fsync(copy.fileno())
+    if f"sha256:{whole.hexdigest()}" == expected:
+        return True
+    os.unlink(target)
+    return False
 
 
 def publish(source: str, target: str) -> None:

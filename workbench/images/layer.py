@@ -29,8 +29,8 @@ from workbench.images.tree import ESCAPED, OPAQUE, OVERLAY, below, is_whiteout, 
 from workbench.linux.trees import remove as remove
 from workbench.model import Conflict, Corrupt, InvalidInput
 
-_WHITEOUT = b".wh."
-_OPAQUE_MARK = b".wh..wh..opq"
+WHITEOUT = b".wh."
+OPAQUE_MARK = b".wh..wh..opq"
 _AUFS = b".wh..wh."  # bookkeeping of aufs that old Docker layers carry; says nothing about files
 _APPLY = "apply a layer's archive"
 
@@ -93,7 +93,7 @@ class _Target:
         path = _clean(entry.name)
         shown = os.fsdecode(path)
         parent, _, name = path.rpartition(b"/")
-        if name.startswith(_WHITEOUT):
+        if name.startswith(WHITEOUT):
             self._whiteout(parent, name, entry)
             return
         try:
@@ -161,14 +161,14 @@ class _Target:
                 os.close(fd)
 
     def _whiteout(self, parent: bytes, name: bytes, entry: tar.Entry) -> None:
-        if name == _OPAQUE_MARK:
+        if name == OPAQUE_MARK:
             self._opaque.add(parent)
         elif name.startswith(_AUFS):
             return
-        elif name[len(_WHITEOUT) :] in (b"", b".", b".."):
+        elif name[len(WHITEOUT) :] in (b"", b".", b".."):
             raise tar.bad("a whiteout names no file")
         else:
-            self._whiteouts.append((parent + b"/" if parent else b"") + name[len(_WHITEOUT) :])
+            self._whiteouts.append((parent + b"/" if parent else b"") + name[len(WHITEOUT) :])
         if entry.kind != tar.FILE or entry.size:
             raise tar.bad("a whiteout is no empty file")
 
@@ -268,7 +268,7 @@ def _refused(error: OSError, shown: str) -> Exception:
     return error
 
 
-class _Sink:
+class Sink:
     """Where an archive's bytes go: through the hash, and into a file where one is wanted.
 
     A thread hashes and writes one piece while the next is gathered; both calls leave the interpreter's lock.
@@ -284,6 +284,7 @@ class _Sink:
         self.size = 0
 
     def write(self, data: bytes) -> None:
+        """The next bytes."""
         self._buffer += data
         if len(self._buffer) >= tar.CHUNK:
             self._flush()
@@ -316,6 +317,7 @@ class _Sink:
             self.write(data)
 
     def finish(self) -> dict[str, Any]:
+        """All is there: ``diff_id`` and ``size``, durable when this returns."""
         self._flush()
         self._wait()
         if self._fd >= 0:
@@ -344,7 +346,7 @@ def pack(tree: str, out_path: str | None = None, clamp: int | None = None) -> di
     owners = read_owners(tree)
     links: dict[tuple[int, int], bytes] = {}
     with clear_errors("write a layer's archive", out_path or tree):
-        sink = _Sink(out_path)
+        sink = Sink(out_path)
         try:
             for path, at, name, found in walk(tree):
                 for entry, fd in entries(path, at, name, found, links, owners):
@@ -372,9 +374,9 @@ def entries(
     mode, kind = found.st_mode, stat.S_IFMT(found.st_mode)
     if is_whiteout(found):
         # Before the look at links: overlayfs makes all its whiteouts links of one (overlayfs.rst).
-        yield tar.Entry(path[: -len(name)] + _WHITEOUT + name, tar.FILE), -1
+        yield tar.Entry(path[: -len(name)] + WHITEOUT + name, tar.FILE), -1
         return
-    if name.startswith(_WHITEOUT):
+    if name.startswith(WHITEOUT):
         raise InvalidInput(
             "write a layer's archive",
             f"/{os.fsdecode(path)} has a name that means a removed file",
@@ -389,7 +391,7 @@ def entries(
         opaque = _read_xattrs(entry, at, aside)
         yield entry, -1
         if opaque:
-            yield tar.Entry((path + b"/" if path else b"") + _OPAQUE_MARK, tar.FILE), -1
+            yield tar.Entry((path + b"/" if path else b"") + OPAQUE_MARK, tar.FILE), -1
         return
     if found.st_nlink > 1:
         first = links.setdefault((found.st_dev, found.st_ino), path)
@@ -470,7 +472,7 @@ def remake(tree: str, record: str | None, out_path: str | None = None) -> dict[s
         return pack(tree, out_path)
     root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     with clear_errors("write a layer's archive", out_path or tree):
-        sink = _Sink(out_path)
+        sink = Sink(out_path)
         try:
             for data, size in tar.read_record(record):
                 if size < 0:

@@ -1,12 +1,18 @@
-"""Names of images: ``refs/<name>/<tag>``, one file a name, set by atomic rename as Git sets its branches."""
+"""Names of images: ``refs/<name>/<tag>``, one file a name, set by atomic rename as Git sets its branches.
+
+Where a name has been is told by its log, ``logs/<name>/<tag>``: a line of JSON for each move that is worth one.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from workbench.images import files
 from workbench.model import Conflict, Corrupt, InvalidInput, NotFound
@@ -18,6 +24,7 @@ _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _HEX = re.compile(r"(?:sha256:)?([0-9a-f]{4,64})")
 _LONGEST = 200
+_LOG_LENGTH = 1000  # moves of a name
 
 
 def split(text: str) -> tuple[str, str]:
@@ -49,9 +56,10 @@ class Refs:
         self._root = os.path.join(self.home, "refs")
         self._blobs = os.path.join(self.home, "blobs")
         self._tmp = os.path.join(self.home, "tmp")
+        self._logs = os.path.join(self.home, "logs")
 
-    def set(self, name: str, image_id: str) -> None:
-        """Point a name at an image, durable when this returns.
+    def set(self, name: str, image_id: str, why: str = "") -> None:
+        """Point a name at an image, durable when this returns. why: a word for the name's log; without, none is kept.
 
         Raises InvalidInput for a name that cannot be one, NotFound when the image is not in the store,
         Conflict when a name such as ``a/b`` would need a folder where ``a:b`` has its file, HostLacks
@@ -71,6 +79,8 @@ class Refs:
                 raise NotFound(f"name an image {name}", f"there is no image {image_id[:19]}", "build or pull it first")
             try:
                 self._make_folders(os.path.dirname(path))
+                if why:
+                    self._write_down(name, image_id, why)
                 fresh = os.path.join(staging, "ref")
                 files.write_file(fresh, f"{image_id}\n".encode())
                 files.publish(fresh, path)
@@ -80,6 +90,46 @@ class Refs:
                     "a part of the name is taken by another name's tag or folder",
                     "choose another name",
                 ) from None
+
+    def check(self, name: str) -> None:
+        """Raises InvalidInput for what cannot be a name."""
+        split(name)
+
+    def _write_down(self, name: str, image_id: str, why: str) -> None:
+        """Before the name moves: a line too many says something that was about to be, one too few loses an image."""
+        before = None
+        with suppress(NotFound, Corrupt):
+            before = self.get(name)
+        path = os.path.join(self._logs, *split(name))
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        known = self.log(name)
+        if before and (not known or known[0]["image"] != before):
+            known.insert(0, {"image": before, "time": int(time.time()), "why": "was here before"})
+        known.insert(0, {"image": image_id, "time": int(time.time()), "why": why})
+        lines = [json.dumps(entry) + "\n" for entry in reversed(known[:_LOG_LENGTH])]
+        with files.staging(self._tmp) as staging:
+            fresh = os.path.join(staging, "log")
+            files.write_file(fresh, "".join(lines).encode())
+            files.publish(fresh, path)
+
+    def log(self, name: str) -> list[dict[str, Any]]:
+        """Where a name has been, the newest first: ``image``, ``time`` (seconds since 1970) and ``why``."""
+        found: list[dict[str, Any]] = []
+        with suppress(OSError), open(os.path.join(self._logs, *split(name)), encoding="utf-8") as file:
+            for line in file:
+                with suppress(ValueError, TypeError, KeyError):
+                    entry = json.loads(line)
+                    if _DIGEST.fullmatch(entry["image"]):
+                        found.insert(0, entry)
+        return found
+
+    def logged(self) -> frozenset[str]:
+        """The images that any name's log tells of."""
+        found = []
+        for name in self._names():
+            with suppress(InvalidInput):
+                found += [str(entry["image"]) for entry in self.log(name)]
+        return frozenset(found)
 
     def get(self, name: str) -> str:
         """The image ID behind a name. Raises InvalidInput, NotFound (with the nearest name), Corrupt."""
@@ -103,6 +153,8 @@ class Refs:
                 os.unlink(path)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 raise self._unknown(name) from None
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._logs, *split(name)))
             folder = os.path.dirname(path)
             files.sync_folder(folder)
             with suppress(OSError):

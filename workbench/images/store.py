@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.images import config, files, layer
+from workbench.images.files import TAR
 from workbench.images.refs import Refs
 from workbench.linux import syscalls as sc
 from workbench.linux import userns
@@ -101,15 +102,46 @@ class Store:
     # -- layers --------------------------------------------------------------------------------------------
 
     def has_layer(self, diff_id: str) -> bool:
-        """Whether a layer's tree is here."""
-        return os.path.isdir(self._layer(diff_id))
+        """Whether a layer is here, as a tree or as a tar."""
+        path = self._layer(diff_id)
+        return os.path.isdir(path) or os.path.isfile(path + TAR)
 
     def layer(self, diff_id: str) -> Path:
-        """The tree of a layer, in overlayfs's form, never to be written. Raises NotFound."""
+        """The tree of a layer, in overlayfs's form, never to be written; laid out now if there is only its tar.
+
+        Raises NotFound, HostLacks without space, Corrupt when the tar is damaged.
+        """
         path = self._layer(diff_id)
         if not os.path.isdir(path):
-            raise NotFound("find a layer", f"{diff_id[:19]} is not in the store", _AGAIN)
+            if not os.path.isfile(path + TAR):
+                raise NotFound("find a layer", f"{diff_id[:19]} is not in the store", _AGAIN)
+            self.add_tar(path + TAR, diff_id)
         return Path(path)
+
+    def tar(self, diff_id: str) -> str | None:
+        """The tar of a layer, where it is kept as that; never to be written."""
+        path = self._layer(diff_id) + TAR
+        return path if os.path.isfile(path) else None
+
+    def adopt_tar(self, path: Path | str, diff_id: str, size: int) -> None:
+        """Take a tar out of staging into the store, as the layer that it is; durable when this returns.
+
+        path: a whole and durable file, whose sha256 is ``diff_id``; size: its bytes.
+        """
+        target = self._layer(diff_id)
+        with (
+            files.clear_errors("add a layer", str(self.home)),
+            files.locked(self._blobs, exclusive=False),
+            files.staging(self._tmp) as staging,
+        ):
+            self._note(diff_id)
+            if not self.has_layer(diff_id):
+                meta = os.path.join(staging, "meta")
+                files.write_file(meta, json.dumps({"size": size}).encode())
+                os.rename(meta, target + ".json")
+                files.sync_folder(self._layers)
+                os.rename(path, target + TAR)
+                files.sync_folder(self._layers)
 
     def add_tree(self, tree: Path | str) -> str:
         """Take a tree out of staging into the store; its diff_id. The same layer twice is one.
@@ -138,7 +170,10 @@ class Store:
 
     def write_tar(self, diff_id: str, out_path: Path | str) -> None:
         """Remake a layer's tar, byte for byte, durably. Raises NotFound, Corrupt for a changed tree."""
-        tree, out = str(self.layer(diff_id)), os.path.abspath(out_path)
+        out = os.path.abspath(out_path)
+        if (kept := self.tar(diff_id)) and files.copy_checked(kept, out, diff_id):
+            return
+        tree = str(self.layer(diff_id))
         found = userns.call("workbench.images.layer:remake", tree, self.record(diff_id), out)
         if found["diff_id"] != diff_id:
             if os.path.isfile(out):
@@ -212,7 +247,8 @@ class Store:
         ):
             self._note(image.id)
             for diff_id in image.diff_ids:
-                self.layer(diff_id)
+                if not self.has_layer(diff_id):
+                    raise NotFound("find a layer", f"{diff_id[:19]} is not in the store", _AGAIN)
             if _read(path) != data:
                 fresh = os.path.join(staging, "config")
                 files.write_file(fresh, data)
@@ -265,8 +301,11 @@ class Store:
     def layers(self) -> list[str]:
         """The diff_ids of the layers that are here."""
         with os.scandir(self._layers) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
-        return [f"sha256:{name}" for name in names if config.DIGEST.fullmatch(f"sha256:{name}")]
+            names = {
+                entry.name.removesuffix(TAR) for entry in entries
+                if entry.is_dir(follow_symlinks=False) or entry.name.endswith(TAR)
+            }  # fmt: skip
+        return [f"sha256:{name}" for name in sorted(names) if config.DIGEST.fullmatch(f"sha256:{name}")]
 
     def _blob(self, digest: str) -> str:
         if not config.DIGEST.fullmatch(digest):
@@ -324,7 +363,9 @@ class Store:
             # Leases first: who creates a container holds one until its state is written for in_use to find.
             wanted = self.leased()
             wanted.update(in_use)
-            wanted.update(Refs(self.home).all().values())
+            refs = Refs(self.home)
+            wanted.update(refs.all().values(), refs.logged())
+            wanted.update(self._ancestors(wanted))
             needed = wanted | {diff_id for image in self.images() if image.id in wanted for diff_id in image.diff_ids}
             for digest in self.blobs():
                 if digest not in wanted:
@@ -340,15 +381,29 @@ class Store:
                     self.drop_layer(diff_id, trash)
             for name in os.listdir(self._layers):
                 stem, dot, _ = name.partition(".")
-                if dot and not os.path.isdir(os.path.join(self._layers, stem)):
+                kept = os.path.join(self._layers, stem)
+                if dot and not os.path.isdir(kept) and not os.path.isfile(kept + TAR):
                     os.unlink(os.path.join(self._layers, name))
         return done
+
+    def _ancestors(self, image_ids: Iterable[str]) -> set[str]:
+        """The images that snapshots stand on, as far back as they are here."""
+        found: set[str] = set()
+        pending = list(image_ids)
+        while pending:
+            with suppress(WorkbenchError):
+                parent = self.image(pending.pop()).parent
+                if parent and parent not in found:
+                    found.add(parent)
+                    pending.append(parent)
+        return found
 
     def drop_layer(self, diff_id: str, trash: str) -> None:
         """Move a layer and what stands beside it into a staging folder, whose end deletes them."""
         path = self._layer(diff_id)
-        self.move(path, os.path.join(trash, diff_id[7:]))
-        for suffix in (".json", ".owners", ".record"):
+        with suppress(FileNotFoundError):  # there may be its tar only
+            self.move(path, os.path.join(trash, diff_id[7:]))
+        for suffix in (TAR, ".json", ".owners", ".record"):
             with suppress(FileNotFoundError):
                 os.unlink(path + suffix)
 

@@ -190,19 +190,22 @@ def _fork(keep: tuple[int, ...], arguments: list[str]) -> Forked:
 
 
 def spawn(
-    target: str, fds: tuple[int, ...], arguments: list[str], *, fork: bool = False, found_by: str = ""
-) -> Process:
+    target: str, fds: tuple[int, ...], arguments: list[str], *, fork: bool = False, found_by: str = "",
+    inside: bool = True,
+) -> Process:  # fmt: skip
     """Start ``module:function(*arguments)`` in a fresh Python inside B, as root there, with ``fds`` kept open.
 
     fork: a copy of this process instead, which saves 50 ms; only while it has one thread. found_by: a module of
-    another package that must be found there, too. Returns once the namespace stands. Raises HostLacks when it
-    cannot be made.
+    another package that must be found there, too. inside: False for one that stays outside, as the user: such a
+    process has rights over each B of the user's (user_namespaces(7)), where one B has none over another. Returns once
+    the namespace stands. Raises HostLacks when it cannot be made.
     """
     ids = host_ids()
+    enter = inside and ids.kind != "root"
     ready_r, ready_w = os.pipe()
     go_r, go_w = os.pipe()
     try:
-        words = [ids.kind, str(ready_w), str(go_r), target, *arguments]
+        words = [ids.kind if enter else "root", str(ready_w), str(go_r), target, *arguments]
         process: Process
         if fork:
             process = _fork((*fds, ready_w, go_r), words)
@@ -215,7 +218,7 @@ def spawn(
         os.close(ready_w)
         os.close(go_r)
         ready_w = go_r = -1
-        if ids.kind != "root":
+        if enter:
             try:
                 if os.read(ready_r, 1) != b"1":
                     raise HostLacks(
@@ -284,13 +287,14 @@ def _main(kind: str, ready: str, go: str, target: str, *arguments: str) -> None:
     getattr(importlib.import_module(module), function)(*arguments)
 
 
-def call(target: str, *args: Any, fds: tuple[int, ...] = ()) -> Any:
+def call(target: str, *args: Any, fds: tuple[int, ...] = (), apart: bool = False) -> Any:
     """``module:function(*args)`` where the user's container ids can be read, written and given away.
 
-    As real root that is here and now; otherwise in a fresh Python inside B. Arguments and result are JSON;
-    ``fds`` keep their numbers. WorkbenchErrors and OSErrors cross over. Raises HostLacks when B cannot be made.
+    As real root that is here and now; otherwise, or if it is to be ``apart`` (it forks, and here may be threads), in a
+    fresh Python inside B. Arguments and result are JSON; ``fds`` keep their numbers. WorkbenchErrors and OSErrors
+    cross over. Raises HostLacks when B cannot be made.
     """
-    if host_ids().kind == "root":
+    if host_ids().kind == "root" and not apart:
         module, function = target.split(":")
         return getattr(importlib.import_module(module), function)(*args)
     with os.fdopen(os.memfd_create("workbench-call"), "w+b") as exchange:

@@ -1,0 +1,283 @@
+"""Snapshots of containers that run: what is launched from one is what was there, in every attribute."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workbench.containers.container import Container
+from workbench.history.snapshot import Snapshot
+from workbench.linux import userns
+from workbench.model import Image, InvalidInput, NotFound
+from workbench.workbench import Workbench
+
+DRIVER = (Path(__file__).parent / "driver.py").read_text()
+
+
+class Live:
+    """A container with the driver in it."""
+
+    def __init__(self, workbench: Workbench, image: str) -> None:
+        self.workbench = workbench
+        self.container: Container = workbench.create(
+            image, argv=["/usr/bin/python3", "-ISuc", DRIVER], cwd=None, network="none"
+        )
+        ours_r, theirs_w = os.pipe()
+        theirs_r, ours_w = os.pipe()
+        try:
+            self.container.start((theirs_r, theirs_w, theirs_w)).result(timeout=30)
+        finally:
+            os.close(theirs_r)
+            os.close(theirs_w)
+        self.out, self.into = os.fdopen(ours_r), os.fdopen(ours_w, "w")
+
+    def ask(self, **request: Any) -> Any:
+        self.into.write(json.dumps(request) + "\n")
+        self.into.flush()
+        return json.loads(self.out.readline())
+
+    def snapshot(self, message: str = "x", **options: Any) -> Snapshot:
+        return self.workbench.snapshot(self.container.id, message=message, author="A <a@example.org>", **options)
+
+    def end(self) -> None:
+        self.into.close()
+        self.out.close()
+        self.container.exited.result(timeout=20)
+
+    def close(self) -> None:
+        self.container.kill()
+        self.container.exited.result(timeout=20)
+        if os.path.exists(self.container.folder):
+            self.workbench.remove(self.container.id, force=True)
+
+
+@pytest.fixture
+def workbench() -> Iterator[Workbench]:
+    workbench = Workbench(offer_host_settings=False)  # what is bound over a file hides it
+    before = set(workbench.refs.all())
+    yield workbench
+    for name in set(workbench.refs.all()) - before:
+        workbench.refs.delete(name)
+    workbench.gc()
+    workbench.close()
+
+
+@pytest.fixture
+def live(workbench: Workbench, image: str) -> Iterator[Live]:
+    live = Live(workbench, image)
+    yield live
+    live.close()
+
+
+def listed(workbench: Workbench, image: Image, what: str = "list") -> Any:
+    """What a new container of an image has."""
+    fresh = Live(workbench, image.id)
+    try:
+        return fresh.ask(do=what)
+    finally:
+        fresh.close()
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [
+        f"{bytes.fromhex(path)!r}: {one.get(path)} / {other.get(path)}"
+        for path in sorted(one.keys() | other.keys()) if one.get(path) != other.get(path)
+    ]  # fmt: skip
+
+
+#: More of them find more: ``WORKBENCH_TEST_SEEDS=50 make test ARGS=tests/history``.
+SEEDS = int(os.environ.get("WORKBENCH_TEST_SEEDS", "3"))
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_what_is_launched_is_what_was_there(live: Live, workbench: Workbench, seed: int) -> None:
+    """Three snapshots in a row, with all kinds of changes in between, each launched."""
+    for number in range(3):
+        assert live.ask(do="mutate", seed=seed * 10 + number, rounds=120) > 40
+        before = live.ask(do="list")
+        taken = live.snapshot(name="made", look_only=False)
+        assert taken.image is not None
+        assert difference(live.ask(do="list"), before) == []
+        assert difference(listed(workbench, taken.image), before) == []
+        wanted = {tuple(sorted(names)) for names in userns.call("tests.history.inside:links", live.container.upper)}
+        links = {tuple(sorted(names)) for names in listed(workbench, taken.image, "links")}
+        concerned = {name for names in wanted for name in names}
+        assert {names for names in links if concerned & set(names)} == wanted
+        again = live.snapshot()
+        assert again.image is None and again.changes == 0, again.paths
+    assert workbench.check() == []
+    assert [entry.id for entry in workbench.log("made")][:3] == [
+        workbench.image(text).id for text in ("made", "made~1", "made~2")
+    ]  # fmt: skip
+
+
+WRITER = """
+import os, sys
+sys.stdin.readline()
+number = 0
+while True:
+    number += 1
+    for name in ("a", "b"):
+        with open(f"/opt/{name}", "w") as file:
+            file.write(str(number))
+    if number == 20:
+        print("going", flush=True)
+"""
+
+
+def test_a_moment_of_what_is_being_written(workbench: Workbench, image: str) -> None:
+    """All files of a snapshot are of one moment, and the writer goes on after it."""
+    container = workbench.create(image, argv=["/usr/bin/python3", "-c", WRITER], cwd=None, network="none")
+    container.start().result(timeout=30)
+    try:
+        until = time.monotonic() + 20
+        while "going" not in Path(container.log).read_text():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        for _ in range(4):
+            taken = workbench.snapshot(container.id, message="in the middle of it", name="moment")
+            assert taken.image is not None and taken.paused < 5
+            tree = workbench.store.layer(taken.image.diff_ids[-1])
+            values = [int((tree / "opt" / name).read_text() or -1) for name in ("a", "b")]
+            if -1 not in values:  # one was just opened anew
+                assert values[0] - values[1] in (0, 1), values
+        seen = set()
+        until = time.monotonic() + 10
+        while len(seen) < 5:  # it goes on
+            assert time.monotonic() < until
+            seen.add((Path(container.upper) / "opt/a").read_text())
+    finally:
+        container.kill()
+        container.exited.result(timeout=20)
+        workbench.remove(container.id, force=True)
+
+
+def test_two_at_once(live: Live, workbench: Workbench) -> None:
+    """Each sees a moment; what one has taken the other does not take again."""
+    live.ask(do="mutate", seed=1, rounds=60)
+    taken: list[Snapshot] = []
+    threads = [threading.Thread(target=lambda: taken.append(live.snapshot(name="twice"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert sorted(one.image is None for one in taken) == [False, True]
+    assert len(list(workbench.log("twice"))) == 2
+
+
+def test_a_stopped_container(live: Live, workbench: Workbench) -> None:
+    live.ask(do="mutate", seed=2, rounds=60)
+    before = live.ask(do="list")
+    live.end()
+    assert live.container.settle()
+    taken = live.snapshot(name="stopped")
+    assert taken.image is not None and taken.paused >= 0
+    assert difference(listed(workbench, taken.image), before) == []
+
+
+def test_the_same_changes_by_the_same_author_at_the_same_time_are_the_same_image(
+    workbench: Workbench, image: str
+) -> None:
+    script = "mkdir /opt/x; echo hi > /opt/x/f; touch -d @1 /opt/x/f /opt/x /opt /; sleep 60"
+    ids = []
+    for _ in range(2):
+        container = workbench.create(image, argv=["sh", "-c", script], cwd=None, network="none")
+        container.start().result(timeout=30)
+        try:
+            until = time.monotonic() + 10
+            while not os.path.exists(f"{container.upper}/opt/x/f") or os.stat(container.upper).st_mtime != 1:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+            taken = workbench.snapshot(container.id, message="m", author="A", name="same", when=1_700_000_000)
+            assert taken.image is not None
+            ids.append(taken.image.id)
+            other = workbench.snapshot(container.id, message="n", author="A", name="same")
+            assert other.image is None  # and not another with nothing in it
+        finally:
+            container.kill()
+            container.exited.result(timeout=20)
+            workbench.remove(container.id, force=True)
+    assert ids[0] == ids[1]
+
+
+def test_what_no_snapshot_takes(live: Live, workbench: Workbench) -> None:
+    upper = live.container.upper
+    paths = ["root/.netrc", "root/.ssh/id", "root/.cache/pip/x", "tmp/x", "var/log/x", "root/.config/pip/pip.conf",
+             "var/lib/apt/lists/x", "run/x", "root/.bash_history"]  # fmt: skip
+    live.end()
+    userns.call("tests.history.inside:write", upper, [*paths, "root/.config/mine", "root/.netrc2"])
+    looked = live.snapshot(look_only=True)
+    assert looked.image is None
+    folders = {"root", "tmp", "root/.config/pip"}  # with modes that the test gave them
+    assert set(looked.paths) - folders == {"root/.config/mine", "root/.netrc2"}
+    assert set(paths) <= {path for one in looked.skipped for path in paths if path == one or path.startswith(f"{one}/")}
+    taken = live.snapshot(name="clean")
+    assert taken.image is not None
+    with pytest.raises(NotFound):
+        workbench.image("nothing")
+    shown = [bytes.fromhex(path).decode() for path in listed(workbench, taken.image)]
+    assert "/root/.netrc2" in shown and "/root/.netrc" not in shown and "/root/.ssh" not in shown
+
+
+def test_who_when_and_why(live: Live, workbench: Workbench, image: str) -> None:
+    live.ask(do="mutate", seed=3, rounds=30)
+    first = live.snapshot("First\n\nwith a body", name="told")
+    live.ask(do="mutate", seed=4, rounds=30)
+    second = live.snapshot("Second")
+    assert first.image and second.image and second.ref == "told"
+    entries = list(workbench.log("told"))
+    assert [(entry.summary, entry.author, entry.parent) for entry in entries] == [
+        ("Second", "A <a@example.org>", first.image.id), ("First", "A <a@example.org>", image),
+        ("built from a recipe", "", ""),
+    ]  # fmt: skip
+    assert entries[1].message == "First\n\nwith a body" and entries[0].names == ("told",)
+    assert entries[0].machine["architecture"] == os.uname().machine and entries[0].machine["kernel"]
+    for text, wanted in (
+        ("told", second.image.id), ("told~", first.image.id), ("told^", first.image.id), ("told~2", image),
+        ("told@{0}", second.image.id), ("told@{1}", first.image.id), (f"{second.image.id[7:19]}~1", first.image.id),
+        ("told@{0}~1", first.image.id), ("told~1~1", image), ("told~0", second.image.id),
+    ):  # fmt: skip
+        assert workbench.image(text).id == wanted, text
+    for text in ("told~3", "told@{9}", "told~99999"):
+        with pytest.raises(NotFound):
+            workbench.image(text)
+    # moved back, and where it was is known still
+    workbench.tag("told", "told~1", force=True)
+    assert workbench.image("told").id == first.image.id and workbench.image("told@{1}").id == second.image.id
+    workbench.gc()
+    assert workbench.image("told@{1}").id == second.image.id
+    for wrong in ({"message": " "}, {"message": "x" * 70000}, {"message": "x", "name": "Not A Name"}):
+        with pytest.raises(InvalidInput):
+            live.snapshot(**wrong)
+
+
+def test_what_lies_between(live: Live, workbench: Workbench, image: str) -> None:
+    upper = live.container.upper
+    live.end()
+    info = "opt/venv/lib/python3.11/site-packages/made_up-1.2.dist-info/METADATA"
+    userns.call(
+        "tests.history.inside:write", upper, [info, "opt/new/file"], "Name: Made.Up\nVersion: 1.2\n\nName: no\n"
+    )
+    userns.call("tests.history.inside:whiteout", upper, "usr/bin/apt-key")
+    live.snapshot("x", name="between")
+    found = workbench.diff("python", "between")
+    assert [(row.kind, row.name, row.before, row.after) for row in found.packages] == [("python", "made-up", "", "1.2")]
+    files = {(row.kind, row.path) for row in found.files if not row.path.endswith("/")}
+    assert files == {("A", info), ("A", "opt/new/file"), ("D", "usr/bin/apt-key")}
+    back = workbench.diff("between", "python")
+    assert {(row.kind, row.path) for row in back.files if not row.path.endswith("/")} == {
+        ("D", info), ("D", "opt/new/file"), ("A", "usr/bin/apt-key"),
+    }  # fmt: skip
+    assert workbench.diff("between", "between") == type(found)((), ())
+
+
+def test_a_snapshot_of_what_is_gone(workbench: Workbench, image: str) -> None:
+    with pytest.raises(NotFound):
+        workbench.snapshot("ffffffffffff", message="x")

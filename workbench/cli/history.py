@@ -1,0 +1,148 @@
+"""Commands of the history: ``snapshot``, ``log``, ``show``, ``diff``, ``tag``. Words and flags are Git's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from workbench.cli import show
+from workbench.cli.commands import Get
+from workbench.model import InvalidInput, format_size
+
+if TYPE_CHECKING:
+    from workbench.history.diff import Diff
+    from workbench.history.log import Entry
+    from workbench.workbench import Workbench
+
+_SHOWN = 20  # files that a person is shown before it is only counted
+
+
+def snapshot(bench: Workbench, options: Any, kernelspecs: Get) -> int:
+    """``snapshot CONTAINER -m MESSAGE``: exit code 1 when nothing has changed."""
+    container = options.container or _the_only(bench)
+    taken = bench.snapshot(
+        container, message=options.message or "", author=options.author or "", name=options.tag or "",
+        look_only=options.dry_run,
+    )  # fmt: skip
+    if taken.image is not None and taken.image.kernel is not None:
+        kernelspecs().write(taken.ref, taken.image)
+    if options.json:
+        row = asdict(taken) | {"image": taken.image.id if taken.image else None}
+        show.as_json(row)
+    elif options.dry_run:
+        for path in taken.paths:
+            print(f"/{path}")
+        for path in taken.skipped:
+            print(f"left out: /{path}")
+        print(f"{_count(taken.changes, 'change')}, {format_size(taken.size)}")
+    elif taken.image is None:
+        show.error(f"nothing has changed since {taken.parent[7:19]}")
+    else:
+        print(f"[{taken.ref} {taken.image.id[7:19]}] {options.message.strip().splitlines()[0]}")
+        print(f" {_count(taken.changes, 'change')}, {format_size(taken.size)}; paused for {taken.paused * 1e3:.0f} ms")
+    return int(taken.image is None and not options.dry_run)
+
+
+def _the_only(bench: Workbench) -> str:
+    rows = bench.ps(True)
+    if len(rows) == 1:
+        return str(rows[0]["id"])
+    raise InvalidInput("take a snapshot", f"there are {len(rows)} containers", "name one, see `jupyter workbench ps`")
+
+
+def log(bench: Workbench, options: Any, _: Get) -> int:
+    """``log IMAGE``."""
+    entries: list[Entry] = []
+    for entry in bench.log(options.image):
+        if options.number is not None and len(entries) >= options.number:
+            break
+        entries.append(entry)
+    if options.json:
+        show.as_json([asdict(entry) for entry in entries])
+    elif options.oneline:
+        for entry in entries:
+            print(f"{entry.id[7:19]}{_names(entry)} {entry.summary}")
+    else:
+        print("\n\n".join("\n".join(_told(entry)) for entry in entries))
+    return 0
+
+
+def _told(entry: Entry) -> Iterable[str]:
+    yield f"image {entry.id[7:]}{_names(entry)}"
+    if entry.author:
+        yield f"Author: {entry.author}"
+    yield f"Date:   {entry.when} ({show.age(entry.when)})"
+    yield f"Size:   {format_size(entry.size)}"
+    yield ""
+    for line in entry.message.splitlines():
+        yield f"    {line}".rstrip()
+
+
+def _names(entry: Entry) -> str:
+    return f" ({', '.join(entry.names)})" if entry.names else ""
+
+
+def show_image(bench: Workbench, options: Any, _: Get) -> int:
+    """``show IMAGE``: what it says of itself, and what it changed."""
+    history = bench.log(options.image)
+    entry = next(history)
+    parent = next(history, None) if entry.parent else None
+    found = bench.diff(parent.id, entry.id) if parent else None
+    if options.json:
+        show.as_json(asdict(entry) | {"diff": asdict(found) if found else None})
+        return 0
+    print("\n".join(_told(entry)))
+    if entry.machine:
+        print("\n" + "\n".join(f"{key}: {value}" for key, value in entry.machine.items()))
+    if found:
+        print()
+        _print(found, options)
+    return 0
+
+
+def diff(bench: Workbench, options: Any, _: Get) -> int:
+    """``diff ONE OTHER``."""
+    found = bench.diff(options.one, options.other)
+    if options.json:
+        show.as_json(asdict(found))
+    else:
+        _print(found, options)
+    return 0
+
+
+def _print(found: Diff, options: Any) -> None:
+    if found.packages and not options.name_status:
+        rows = [
+            {"package": row.name, "kind": row.kind, "before": row.before or "-", "after": row.after or "-",
+             "place": row.place}
+            for row in found.packages
+        ]  # fmt: skip
+        print(show.table(rows))
+        print()
+    shown = found.files if options.name_status else found.files[:_SHOWN] if options.stat else ()
+    for row in shown:
+        size = f"  {format_size(row.before)} -> {format_size(row.after)}" if options.stat else ""
+        print(f"{row.kind}\t/{row.path}{size}")
+    if len(shown) < len(found.files) and not options.name_status:
+        kinds = {kind: sum(row.kind == kind for row in found.files) for kind in "AMD"}
+        grown = sum(row.after - row.before for row in found.files)
+        sign = "+" if grown >= 0 else "-"
+        print(f"{_count(len(found.files), 'file')}: {kinds['A']} added, {kinds['M']} modified, {kinds['D']} deleted; "
+              f"{sign}{format_size(abs(grown))}")  # fmt: skip
+    if not found.files and not found.packages:
+        print("no difference", file=sys.stderr)
+
+
+def tag(bench: Workbench, options: Any, kernelspecs: Get) -> int:
+    """``tag NAME IMAGE``."""
+    image = bench.tag(options.name, options.image, force=options.force)
+    if image.kernel is not None:
+        kernelspecs().write(options.name, image)
+    print(f"{options.name} {image.id[7:19]}")
+    return 0
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

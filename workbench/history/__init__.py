@@ -1,0 +1,1 @@
+"""Container to image, and what lies between images."""

@@ -1,0 +1,319 @@
+"""What a writable layer holds over an image, or over its own last snapshot, as one tar.
+
+The container stands still while its files are read. What has not changed since the last snapshot (inode, ctime, size,
+mode) is not read again: an *index* says what was captured then, and where in which tar it lies. ``capture`` runs apart,
+through ``userns.call``.
+
+A layer holds exactly what changed: copies that changed nothing are left out, folders come along with what is in them,
+``opaque`` stands only where a folder is hidden, and hard links are together in one layer or in none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+from workbench.containers.pause import paused
+from workbench.images import layer, tar
+from workbench.images.files import clear_errors
+from workbench.images.tree import is_whiteout, walk
+from workbench.images.view import Shown, is_opaque
+from workbench.images.view import below as shown_below
+from workbench.linux import syscalls as sc
+
+#: A file may be written twice within one tick of its file system's clock (jiffies; Linux 6.13 is finer).
+_TICK = 0.012
+
+# An index's entry: what a look can tell of a file, then where its captured form lies.
+_INODE, _CTIME, _SIZE, _MODE, _TAR, _START, _LENGTH = range(7)
+# (Of a folder the size says whether it hides what is below.)
+#: No tar: it was as in the layers below.
+_BELOW = -1
+
+
+def capture(upper: str, lowers: list[str], out: str, index: str, new_index: str, *rest: Any) -> dict[str, Any]:
+    """Write what changed to a new file ``out``, durably; the index of what is there now to ``new_index``.
+
+    upper: overlayfs's, of one container; lowers: the trees below, highest first; index: that of the last snapshot, or
+    empty. rest: rules of what to leave out (paths relative to ``/``, with a trailing slash all below); the descriptor
+    of the container's guard (``pause``), or -1 for one that does not run; the tars of its earlier snapshots, in the
+    index's order.
+    Returns ``diff_id``, ``size`` (bytes of the tar), ``changes`` (number of entries but folders that only lead
+    there), ``paths`` (the first thousand), ``skipped`` (what a rule left out) and ``paused`` (seconds). Raises
+    InvalidInput for what no layer may hold, Conflict, HostLacks without space.
+    """
+    rules, guard, tars = rest
+    before = _load(index)
+    fd = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if guard >= 0:
+            sc.syncfs(fd)  # most of it; what is left is little
+        with paused(guard) if guard >= 0 else nullcontext():
+            began = time.monotonic()
+            # What is mapped and written through memory changes its ctime only when its pages are clean before.
+            sc.syncfs(fd)
+            work = _Capture(upper, lowers, rules, before, tars)
+            work.look()
+            with clear_errors("write a snapshot", out):
+                sink = layer.Sink(out)
+                try:
+                    work.write(sink)
+                    stood = time.monotonic() - began
+                except BaseException:
+                    sink.close()
+                    raise
+        try:
+            found = sink.finish()
+        finally:
+            sink.close()
+    finally:
+        os.close(fd)
+    with clear_errors("write a snapshot", new_index), open(new_index, "x") as file:
+        json.dump({"entries": work.now}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return found | {
+        "changes": len(work.changed), "paths": work.changed[:1000], "skipped": list(work.skipped), "paused": stood,
+    }  # fmt: skip
+
+
+def _load(index: str) -> dict[str, list[int]]:
+    if not index:
+        return {}
+    with open(index) as file:
+        entries: dict[str, list[int]] = json.load(file)["entries"]
+    return entries
+
+
+class _Capture:
+    """One look at a writable layer, and the writing of what is new in it. Paths are text with surrogate escapes."""
+
+    def __init__(
+        self, upper: str, lowers: list[str], rules: Iterable[str], before: dict[str, list[int]], tars: list[str]
+    ) -> None:
+        self.upper, self.before, self.tars = upper, before, tars
+        self.exact = {rule for rule in rules if not rule.endswith("/")}
+        self.under = {rule.rstrip("/") for rule in rules if rule.endswith("/")}
+        self.below: dict[str, Shown] = {"": Shown(None, "", list(lowers))}
+        self.fresh: set[str] = set()  # folders that are not those of the last snapshot
+        self.hiding: set[str] = set()  # folders whose ``opaque`` means something
+        self.now: dict[str, list[int]] = {}
+        self.wanted: set[str] = set()
+        self.changed: list[str] = []
+        self.skipped: dict[str, None] = {}  # in order, each once
+        self.removed: dict[str, list[str]] = {}  # by folder, the names that the last snapshot had
+        self.links: dict[tuple[int, int], list[str]] = {}
+        self.unchanged_links: set[tuple[int, int]] = set()
+        self.newest = 0.0
+
+    # First all is looked at
+
+    def look(self) -> None:
+        """Decide what is written."""
+        pending_folders: list[str] = []
+        for raw, at, _, found in self._walk():
+            path = os.fsdecode(raw)
+            self.newest = max(self.newest, found.st_ctime)
+            if path:
+                self._look(path, at, found)
+            if stat.S_ISDIR(found.st_mode):
+                pending_folders.append(path)
+        for members in self.links.values():
+            if any(path in self.wanted for path in members):  # all or none
+                self.wanted.update(members)
+        self._find_removed(pending_folders)
+        self.changed += sorted(self.wanted)
+        for path in [*self.wanted, *self.removed]:  # what leads there
+            while path:
+                path = path.rpartition("/")[0]
+                self.wanted.add(path)
+        wait = self.newest + _TICK - time.time()
+        if 0 < wait <= _TICK:
+            time.sleep(wait)
+
+    def _walk(self) -> Iterator[tuple[bytes, int, bytes, os.stat_result]]:
+        """``walk``, without what a rule leaves out."""
+        hidden: set[str] = set()
+        for raw, at, name, found in walk(self.upper):
+            path = os.fsdecode(raw)
+            parent = path.rpartition("/")[0]
+            if path and (parent in hidden or path in self.exact or parent in self.under):
+                if path in self.exact or (parent in self.under and parent not in hidden):
+                    self.skipped[path] = None
+                if stat.S_ISDIR(found.st_mode):
+                    hidden.add(path)
+                continue
+            yield raw, at, name, found
+
+    def _look(self, path: str, at: int, found: os.stat_result) -> None:
+        if stat.S_ISSOCK(found.st_mode):
+            return  # it is nothing without the process behind it
+        parent, _, name = path.rpartition("/")
+        seen = [found.st_ino, found.st_ctime_ns, found.st_size, found.st_mode, _BELOW, 0, 0]
+        self.now[path] = seen
+        old = None if parent in self.fresh else self.before.get(path)
+        folder = stat.S_ISDIR(found.st_mode)
+        below = shown_below(self.below[parent].folders, name)
+        if folder:
+            opaque = is_opaque(at)
+            self.below[path] = Shown(below.found, below.path, [] if opaque else below.folders)
+            seen[_SIZE] = int(opaque)
+            # One that was removed and made again may have the number of the old one; that it hides tells it.
+            if old is None or not stat.S_ISDIR(old[_MODE]) or (opaque and not old[_SIZE]):
+                self.fresh.add(path)
+                was_folder = bool(below.folders) or (
+                    (earlier := self.before.get(path)) is not None and stat.S_ISDIR(earlier[_MODE])
+                )
+                if opaque and was_folder:
+                    self.hiding.add(path)
+                    self.wanted.add(path)
+        if found.st_nlink > 1 and not folder and not is_whiteout(found):
+            self.links.setdefault((found.st_dev, found.st_ino), []).append(path)
+        # Marks of what is gone are links of one, so that their ctime says nothing.
+        marked = old is not None and is_whiteout(found) and _was_whiteout(old)
+        if old is not None and (old[:4] == seen[:4] or marked):
+            self.now[path] = old
+            return
+        if self._is_new(path, at, name, found, old, below):
+            self.wanted.add(path)
+        elif old is not None:
+            self.now[path] = seen[:4] + old[4:]
+
+    def _is_new(
+        self, path: str, at: int, name: str, found: os.stat_result, old: list[int] | None, below: Shown
+    ) -> bool:
+        """Whether what a look cannot tell apart from before, or tells to be new, is other than before."""
+        if is_whiteout(found):
+            was = self.before.get(path)  # the folder may have been replaced since
+            return below.found is not None or (was is not None and not _was_whiteout(was))
+        raw, raw_name = os.fsencode(path), os.fsencode(name)
+        if old is not None and old[_TAR] != _BELOW:
+            return not self._same_as_captured(raw, at, raw_name, found, old)
+        if below.found is None and path in self.under:
+            return False  # a folder for what is left out
+        if below.found is None or stat.S_IFMT(below.found.st_mode) != stat.S_IFMT(found.st_mode):
+            return True
+        return not _same_as_below(raw, at, raw_name, found, below.path)
+
+    def _same_as_captured(self, raw: bytes, at: int, name: bytes, found: os.stat_result, old: list[int]) -> bool:
+        """Against the bytes in the tar of an earlier snapshot; unknown where that is gone."""
+        try:
+            with open(self.tars[old[_TAR]], "rb") as file:
+                file.seek(old[_START])
+                left = old[_LENGTH]
+                for piece in pieces(raw, at, name, found, folder_time=stat.S_ISDIR(found.st_mode)):
+                    if stat.S_ISDIR(found.st_mode):
+                        return _without_time(file.read(left)) == piece
+                    left -= len(piece)
+                    if left < 0 or file.read(len(piece)) != piece:
+                        return False
+                return left == 0
+        except (OSError, IndexError):
+            return False
+
+    def _find_removed(self, folders: Iterable[str]) -> None:
+        """What the last snapshot had and nothing is there now, not even a mark."""
+        present = set(folders)
+        for path, old in self.before.items():
+            parent = path.rpartition("/")[0]
+            if path not in self.now and parent in present and parent not in self.fresh and not _was_whiteout(old):
+                self.removed.setdefault(parent, []).append(path)
+                self.changed.append(path)
+
+    # Then it is written
+
+    def write(self, sink: layer.Sink) -> None:
+        """The tar: what is wanted, in the order of every layer."""
+        number, start = len(self.tars), 0
+        links: dict[tuple[int, int], bytes] = {}
+        for raw, at, name, found in self._walk():
+            path = os.fsdecode(raw)
+            if path not in self.wanted and path not in self.removed:
+                continue
+            written = 0
+            for entry, fd in layer.entries(raw, at, name, found, links, {}):
+                if entry.name.endswith(layer.OPAQUE_MARK) and path not in self.hiding:
+                    continue
+                header = tar.header(entry)
+                padding = -entry.size % tar.BLOCK
+                sink.write(header)
+                if entry.size:
+                    sink.content(fd, entry.size, raw)
+                    sink.write(bytes(padding))
+                written += len(header) + entry.size + padding
+                if entry.kind == tar.FOLDER:
+                    seen = self.now.get(path)
+                    if seen:
+                        seen[_TAR:] = [number, start, len(header)]
+            if path in self.now and not stat.S_ISDIR(found.st_mode):
+                self.now[path][_TAR:] = [number, start, written]
+            for gone in sorted(map(os.fsencode, self.removed.get(path, ()))):
+                folder, slash, gone_name = gone.rpartition(b"/")
+                header = tar.header(tar.Entry(folder + slash + layer.WHITEOUT + gone_name, tar.FILE))
+                sink.write(header)
+                written += len(header)
+            start += written
+        sink.write(bytes(2 * tar.BLOCK))
+
+
+def _was_whiteout(old: list[int]) -> bool:
+    return stat.S_ISCHR(old[_MODE])
+
+
+def pieces(raw: bytes, at: int, name: bytes, found: os.stat_result, *, folder_time: bool) -> Iterator[bytes]:
+    """What a file is in a tar, without what links and marks add. folder_time: leave out a folder's time."""
+    for entry, fd in layer.entries(raw, at, name, found, {}, {}):
+        if folder_time:
+            entry.mtime = 0
+        yield tar.header(entry)
+        left = entry.size
+        while left:
+            data = os.read(fd, min(left, tar.CHUNK))
+            if not data:
+                return
+            left -= len(data)
+            yield data
+        if entry.size % tar.BLOCK:
+            yield bytes(-entry.size % tar.BLOCK)
+        if folder_time:
+            return
+
+
+def _without_time(header: bytes) -> bytes:
+    """A folder's header as it would be with the time 0."""
+    fd = os.memfd_create("header")
+    try:
+        os.write(fd, header + bytes(2 * tar.BLOCK))
+        os.lseek(fd, 0, os.SEEK_SET)
+        entry = next(iter(tar.Reader(fd)))
+    finally:
+        os.close(fd)
+    entry.mtime = 0
+    return tar.header(entry)
+
+
+def _same_as_below(raw: bytes, at: int, name: bytes, found: os.stat_result, lower: str) -> bool:
+    """Whether a copy has changed nothing; of folders their time does not count."""
+    there = os.lstat(lower)
+    folder = stat.S_ISDIR(found.st_mode)
+    if not folder and (there.st_mtime_ns, there.st_size) != (found.st_mtime_ns, found.st_size):
+        return False
+    if found.st_nlink > 1 and not folder:
+        return False
+    parent = os.open(os.path.dirname(lower), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    itself = os.open(lower, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if folder else parent
+    try:
+        ours = pieces(raw, at, name, found, folder_time=folder)
+        theirs = pieces(raw, itself, os.fsencode(os.path.basename(lower)), there, folder_time=folder)
+        return all(a == b for a, b in zip(ours, theirs, strict=True))
+    except ValueError:
+        return False
+    finally:
+        os.close(parent)
+        if itself != parent:
+            os.close(itself)

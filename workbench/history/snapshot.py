@@ -1,0 +1,176 @@
+"""A container's writable layer becomes an image: with a message, an author and a parent, as a commit has them.
+
+Order: the tar, the image, then the container's own note of it (its *head*), the ref last. Killed in between, the
+container goes on from where it was, and what nobody was told of goes with the next gc.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from workbench.containers import pause, state
+from workbench.containers.container import Container
+from workbench.history import machine
+from workbench.images import config
+from workbench.images.refs import Refs
+from workbench.images.store import Store
+from workbench.linux import userns
+from workbench.model import CREDENTIALS, NOT_ENVIRONMENT, Conflict, Image, InvalidInput, NotFound
+
+MACHINE_LABEL = "org.jupyter.workbench.machine"
+_LONGEST = 64 << 10  # characters of a message
+RULES = (*NOT_ENVIRONMENT, *CREDENTIALS)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What was taken. image: None when nothing had changed, or for a look only; ref: the name that points at it now.
+
+    changes: number of files and folders; paths: up to a thousand of them; skipped: what a rule left out; size: bytes
+    of the layer as a tar; paused: seconds that the container stood still.
+    """
+
+    image: Image | None
+    parent: str
+    ref: str
+    changes: int
+    size: int
+    paused: float
+    paths: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def take(
+    store: Store, refs: Refs, container: Container, *, message: str, author: str = "", name: str = "",
+    when: int | None = None, look_only: bool = False,
+) -> Snapshot:  # fmt: skip
+    """Take one of a container, running or not; it goes on, over the same layers.
+
+    author: ``Name <address>``, by default Git's (``default_author``); name: the ref to point at it from now on, by
+    default the one that its last snapshot has; when: seconds since 1970, by default now; look_only: only say what
+    would be taken. Raises Conflict when the container ends meanwhile, InvalidInput, NotFound, HostLacks without space.
+    """
+    tried = f"take a snapshot of container {container.id}"
+    author, message = _checked(author or default_author(), message if not look_only else message or "look")
+    with _alone(container), store.staging() as staging:
+        known, head = container.state, state.load_head(container.folder)
+        ref = name or head["ref"] or _own_name(known)
+        refs.check(ref)
+        parent = store.image(head["image"])
+        with store.lease(parent.id):
+            out, index = str(staging / "layer.tar"), str(staging / "index.json")
+            try:
+                found = _captured(store, container, known, head, out, index)
+            except FileNotFoundError:
+                raise Conflict(tried, "it has ended meanwhile", "see `jupyter workbench ps --all`") from None
+            result = Snapshot(
+                None, parent.id, ref, found["changes"], found["size"], found["paused"], found["paths"],
+                found["skipped"],
+            )  # fmt: skip
+            if look_only or not found["changes"]:
+                return result
+            store.adopt_tar(out, found["diff_id"], found["size"])
+            image = store.add_image(_config(store, parent, found["diff_id"], message, author, when))
+            kept = f"index-{image.id[7:19]}.json"
+            os.replace(index, os.path.join(container.folder, kept))
+            layers = [*head["layers"], found["diff_id"]]
+            state.save_head(container.folder, {"image": image.id, "ref": ref, "layers": layers, "index": kept})
+            refs.set(ref, image.id, f"snapshot: {message.splitlines()[0]}")
+    return Snapshot(
+        image, parent.id, ref, result.changes, result.size, result.paused, result.paths, result.skipped
+    )  # fmt: skip
+
+
+def _captured(
+    store: Store, container: Container, known: dict[str, Any], head: dict[str, Any], out: str, index: str
+) -> dict[str, Any]:
+    """See ``capture.capture``; a container that does not run is kept from being started meanwhile."""
+    running = known["status"] == "running"
+    old = os.path.join(container.folder, head["index"]) if head["index"] else ""
+    tars = [store.tar(diff_id) or "" for diff_id in head["layers"]]
+    with pause.guard(container.id, known["pid"]) if running else _kept_still(container) as guard:
+        found: dict[str, Any] = userns.call(
+            "workbench.history.capture:capture", container.upper, list(known["spec"]["layers"]), out, old, index,
+            list(RULES), guard, tars, fds=(guard,) if running else (), apart=True,
+        )  # fmt: skip
+    return found
+
+
+@contextmanager
+def _kept_still(container: Container) -> Iterator[int]:
+    """Nobody starts it meanwhile."""
+    held = state.hold(container.folder)
+    try:
+        yield -1
+    finally:
+        os.close(held)
+
+
+@contextmanager
+def _alone(container: Container) -> Iterator[None]:
+    """One snapshot of a container at a time; the second waits, and finds what is new since the first."""
+    try:
+        fd = os.open(container.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise NotFound("take a snapshot", f"container {container.id} is gone", "") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _config(store: Store, parent: Image, diff_id: str, message: str, author: str, when: int | None) -> bytes:
+    created = datetime.fromtimestamp(int(time.time()) if when is None else when, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    labels = dict(parent.labels) | {MACHINE_LABEL: json.dumps(machine.facts(), sort_keys=True)}
+    entry = {"created": created, "created_by": "workbench: snapshot", "author": author, "comment": message}
+    return config.encode(
+        diff_ids=[*parent.diff_ids, diff_id], env=parent.env, cmd=parent.cmd, working_dir=parent.working_dir,
+        kernel=parent.kernel, limits=parent.limits, network=parent.network, parent=parent.id, created=created,
+        labels=labels, history=[*store.history(parent.id), entry],
+    )  # fmt: skip
+
+
+def _checked(author: str, message: str) -> tuple[str, str]:
+    """Both as they are kept. Raises InvalidInput."""
+    message = message.strip()
+    if not message:
+        raise InvalidInput("take a snapshot", "it has no message", 'say what changed with -m "…"')
+    if len(message) > _LONGEST or "\0" in message + author or "\n" in author:
+        raise InvalidInput("take a snapshot", "the message is too long, or holds what is no text", "shorten it")
+    return author.strip(), message
+
+
+def _own_name(known: dict[str, Any]) -> str:
+    """A name for the first snapshot that was given none: nothing that was acknowledged may be lost."""
+    label = str(known["labels"].get("image", "")).partition(":")[0]
+    base = "snapshot" if not label or label.startswith("sha256") else label
+    return f"{base}-{known['id'][:4]}"
+
+
+def default_author() -> str:
+    """Git's ``user.name`` and ``user.email`` where it has them (git-config(1)), else the name of the account."""
+    try:
+        account = getpass.getuser()
+    except (KeyError, OSError):
+        account = f"uid {os.getuid()}"
+    if shutil.which("git") is None:
+        return account
+
+    def said(key: str) -> str:
+        done = subprocess.run(["git", "config", "--get", key], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    name, address = said("user.name"), said("user.email")
+    return f"{name or account} <{address}>" if address else name or account
