@@ -10,6 +10,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 
+def load_ipython_extension(shell: Any) -> None:
+    """``%load_ext workbench`` in a kernel that runs in no container: ``%container`` asks the command line."""
+    from workbench.guest import magics
+
+    magics.load_ipython_extension(shell)
+
+
 def _jupyter_server_extension_points() -> list[dict[str, str]]:
     return [{"module": "workbench"}]
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from workbench.images.store import Store
 
 SUITE_LABEL = "org.jupyter.workbench.suite"
+_GUEST_MODULE = os.path.join(os.path.dirname(os.path.realpath(__file__)), "guest", "magics.py")
 
 
 def default_home() -> str:
@@ -229,13 +230,13 @@ class Workbench(LoggingConfigurable):
         self, image: str, *, argv: Sequence[str] | None = None, cwd: str | None, env: Mapping[str, str] | None = None,
         terminal: bool = False, mounts: Sequence[Mount] = (), limits: Limits | None = None,
         network: Network | None = None, forwards: Sequence[tuple[str, int]] = (),
-        labels: Mapping[str, str] | None = None, names: Sequence[str] = (),
+        labels: Mapping[str, str] | None = None, names: Sequence[str] = (), guest: bool = False,
     ) -> Container:  # fmt: skip
         """Lay a container out; ``start`` of the result starts it.
 
         image: name or ID. argv: instead of the image's kernel or command. cwd: the host's folder to work in,
         mounted at the same path; None for none. limits: narrow what configuration and image say. network: instead
-        of the configuration's. forwards, names: see ``ContainerSpec``.
+        of the configuration's. forwards, names: see ``ContainerSpec``. guest: show ``workbench_guest`` inside.
         Raises NotFound, InvalidInput, HostLacks.
         """
         image_id = self._resolve(image)
@@ -244,6 +245,9 @@ class Workbench(LoggingConfigurable):
             wanted = self._spec(found, argv, cwd, env or {}, terminal, mounts, limits, network)
             known = tuple(filter(None, map(spec.label, names)))
             wanted = replace(wanted, forwards=tuple(forwards), names=known)
+            if guest:
+                module = Mount(_GUEST_MODULE, f"{spec.GUEST}/workbench_guest.py", read_only=True)
+                wanted = replace(wanted, mounts=(*wanted.mounts, module))
             return self.containers.create(wanted, image=image_id, labels={"image": image, **(labels or {})})
 
     def _spec(

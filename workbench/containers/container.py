@@ -78,9 +78,14 @@ class Container:
         return group.usage() if group else None
 
     @property
+    def head(self) -> dict[str, Any]:
+        """Its last snapshot, see ``state.load_head``."""
+        return state.load_head(self.folder)
+
+    @property
     def images(self) -> set[str]:
         """The images that it needs: the one that it runs over, and its last snapshot."""
-        return {self.image_id, str(state.load_head(self.folder)["image"])}
+        return {self.image_id, str(self.head["image"])}
 
     @property
     def image_id(self) -> str:

@@ -36,6 +36,8 @@ DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 #: Inside: where the container's own folder of the host (sockets, connection file) and the host's settings are.
 RUN = "/run/workbench"
 HOST_SETTINGS = RUN + "/host"
+#: The folder of what helps a kernel (``guest/``), on its Python's path.
+GUEST = HOST_SETTINGS + "/guest"
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 DEFAULT_PROCESSES = 4096

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.model import InvalidInput, Kernel, LaunchFailed
+from workbench.containers.spec import GUEST
+from workbench.model import Image, InvalidInput, Kernel, LaunchFailed
 
 #: The channels in the order of their numbers: the kernel's sockets are named ``k-1`` to ``k-5``.
 CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
@@ -175,15 +176,26 @@ def clear_sockets(run_dir: str) -> None:
         os.close(folder)
 
 
+def has_magics(kernel: Kernel) -> bool:
+    """Whether ``%container`` can be loaded into it: it is IPython's."""
+    return kernel.language == "python" and any("ipykernel" in word for word in kernel.argv)
+
+
 def command(kernel: Kernel) -> tuple[str, ...]:
     """The kernel's argv inside the container."""
-    return tuple(word.replace("{connection_file}", f"{INSIDE}/{NAME}") for word in kernel.argv)
+    argv = tuple(word.replace("{connection_file}", f"{INSIDE}/{NAME}") for word in kernel.argv)
+    return (*argv, "--ext=workbench_guest") if has_magics(kernel) else argv
 
 
 #: The variables of the client's that a kernel sees: which notebook it works for, and nothing else.
 PASSED_ENV = ("JPY_SESSION_NAME",)
 
 
-def kernel_env(environ: Mapping[str, str]) -> dict[str, str]:
-    """What of a client's environment reaches the kernel. Never more: tokens live in environments."""
-    return {name: environ[name] for name in PASSED_ENV if name in environ}
+def kernel_env(environ: Mapping[str, str], image: Image) -> dict[str, str]:
+    """What of a client's environment reaches the kernel (never more: tokens live in environments), and where its
+    Python finds what helps it."""
+    passed = {name: environ[name] for name in PASSED_ENV if name in environ}
+    if image.kernel is not None and has_magics(image.kernel):
+        own = dict(image.env).get("PYTHONPATH", "")
+        passed["PYTHONPATH"] = f"{own}:{GUEST}" if own else GUEST
+    return passed

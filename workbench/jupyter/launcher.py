@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from workbench.containers.client import HelperClient
     from workbench.containers.container import Container
+    from workbench.jupyter.guest_api import GuestApi
     from workbench.model import Mount
     from workbench.workbench import Workbench
 
@@ -133,6 +134,7 @@ class _Launcher:
         self._listeners = listen(self._file)
         self._helper = _helper_ahead()
         self._relay: Relay | None = None
+        self._guest: GuestApi | None = None
 
     def run(self) -> int:
         """Start the container, carry bytes until the kernel exits or the client goes; the exit code."""
@@ -169,6 +171,8 @@ class _Launcher:
             for path in _ipc_paths(self._file):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
+        if self._guest is not None:
+            self._guest.close()
         try:
             if self._container is not None:
                 self._container.settle()
@@ -179,6 +183,7 @@ class _Launcher:
 
     def _create(self) -> Container:
         from workbench.jupyter import shared  # late, so that the ports are open by now
+        from workbench.jupyter.guest_api import GuestApi
 
         self._workbench = workbench = shared.workbench()
         workbench.containers.helper = self._helper
@@ -196,12 +201,15 @@ class _Launcher:
             self._ref,
             argv=list(connection.command(kernel)),
             cwd=os.getcwd(),
-            env=connection.kernel_env(os.environ),
+            env=connection.kernel_env(os.environ, image),
             mounts=_mounts(),
+            guest=True,
             forwards=connection.forwards(kernel),
             labels={"kind": "kernel", "client": "launcher"},
         )
         self._container = container
+        self._guest = GuestApi(workbench, container)
+        self._guest.start()
         run_dir = str(container.run_dir)
         content = connection.guest_content(
             key=self._file.key,

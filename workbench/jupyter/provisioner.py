@@ -27,6 +27,7 @@ from traitlets import Float, Integer, List, Unicode
 
 from workbench.containers.spec import parse_mount
 from workbench.jupyter import connection, shared
+from workbench.jupyter.guest_api import GuestApi
 from workbench.model import (
     Conflict,
     Exit,
@@ -73,6 +74,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         self._content: dict[str, Any] = {}
         self._exit: Exit | None = None
         self._exited: Future[Exit] | None = None
+        self._guest: GuestApi | None = None
         self._listener: Listener | None = None
         self._farewell: Future[int] | None = None
         self._shutdown: asyncio.Future[Any] | None = None
@@ -124,7 +126,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             curve=(keys[0].decode(), keys[1].decode()) if (keys := self._keys()) else None,
             transport=kernel.transport,
         )
-        return {**kwargs, "cmd": argv, "env": connection.kernel_env(environ)}
+        return {**kwargs, "cmd": argv, "env": connection.kernel_env(environ, image)}
 
     def _encrypt(self, asked: str | None, kernel: Kernel) -> bool:
         """Whether CURVE keys are to be made: as LocalProvisioner decides it, and never in clear when required."""
@@ -156,7 +158,8 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             image.id,
             argv=argv,
             cwd=cwd,
-            env=connection.kernel_env(environ),
+            env=connection.kernel_env(environ, image),
+            guest=True,
             mounts=[parse_mount(text) for text in self.mounts],
             limits=own.stricter(asked.limits),
             network=network,
@@ -164,6 +167,8 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             forwards=connection.forwards(image.kernel) if image.kernel else (),
             labels={"image": self.image, "kernel": str(self.kernel_id or "")},
         )
+        self._guest = GuestApi(bench, container)
+        self._guest.start()
         spec = container.state["spec"]
         self._cwd = spec["cwd"]
         self._mounts = [(mount["source"], mount["target"]) for mount in spec["mounts"]]
@@ -216,6 +221,8 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         if self._has_run or container is None:
             await self._settle()
             return
+        if self._guest is not None:
+            self._guest.close()
         self._container = None
         km: Any = self.parent
         km.cleanup_connection_file()
@@ -295,6 +302,8 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             await self._settle()
 
     async def _settle(self) -> None:
+        if self._guest is not None:
+            self._guest.close()
         container, self._container = self._container, None
         if container is None:
             return

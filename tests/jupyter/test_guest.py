@@ -1,0 +1,181 @@
+"""``%container`` under each kind of client, and what the code inside cannot ask for."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from jupyter_client.manager import start_new_kernel
+
+from tests.jupyter.clients import argv_kernel, run
+from tests.jupyter.conftest import Server, Start
+from tests.jupyter.test_server import Session
+from workbench.guest import magics
+from workbench.jupyter import guest_api
+from workbench.workbench import Workbench
+
+#: A package as pip leaves it, without a network.
+INSTALL = """
+import pathlib
+site = pathlib.Path('/opt/venv/lib/python3.11/site-packages')
+(site / 'madeup-1.2.dist-info').mkdir()
+(site / 'madeup-1.2.dist-info' / 'METADATA').write_text('Name: madeup\\nVersion: 1.2\\n')
+(site / 'madeup.py').write_text('answer = 42')
+"""
+
+
+@pytest.fixture(autouse=True)
+def tidy(cli, image: str) -> Iterator[None]:
+    """No snapshot stays."""
+    before = {name for row in json.loads(cli("images", "--json").out) for name in row["names"]}
+    yield
+    for row in json.loads(cli("ps", "--all", "--json").out):
+        cli("rm", "-f", row["id"])
+    for row in json.loads(cli("images", "--json").out):
+        for name in set(row["names"]) - before:
+            cli("rmi", name)
+    cli("gc")
+
+
+def test_a_notebook_keeps_what_it_installed(server: Server) -> None:
+    notebook = Session(server)
+    notebook.run(INSTALL)
+    assert "madeup-1.2.dist-info" in notebook.run("%container snapshot --dry-run").stdout
+    notebook.run("x = 'alive'")
+    said = notebook.run("%container snapshot -m 'Add madeup' -t guest/plots").stdout
+    assert said.startswith("[guest/plots ") and "Add madeup" in said and "paused for" in said
+    assert notebook.run("x").text == "'alive'"
+    assert "nothing has changed" in notebook.run("%container snapshot -m again").stdout
+    status = notebook.run("%container status").stdout
+    assert "guest/plots" in status and "0 files and folders" in status and "limit of processes" in status
+    log = notebook.run("%container log --oneline").stdout.splitlines()
+    assert (len(log) == 2 and log[0].endswith("(guest/plots:latest) Add madeup")) or "(guest/plots)" in log[0]
+    assert notebook.run("%container log").text.count("\n") >= 2  # a table
+    diff = notebook.run("%container diff")
+    assert diff.stdout.startswith("1 packages; 5 files:") or "madeup" in diff.text
+    assert "madeup" in diff.text and "1.2" in diff.text
+    assert "Add madeup" in notebook.run("%container show").stdout
+    # the same after a restart, and with the same socket
+    notebook.post("restart")
+    notebook.reconnect()
+    notebook.run("open('/opt/second', 'w').write('x')")
+    assert "[guest/plots " in notebook.run("%container snapshot -m Second").stdout
+    assert len(notebook.run("%container log --oneline").stdout.splitlines()) == 3
+    other = Session(server, "o.ipynb", "wb-guest-plots")
+    assert other.run("import madeup; madeup.answer").text == "42"
+    assert "guest/plots" in other.run("%container status").stdout
+    listed = other.run("import os; [name for name in os.listdir('/run/workbench/host')]").text
+    assert "guest" in listed
+
+
+def test_an_editor_that_starts_argv_itself(image: str, tmp_path: Path) -> None:
+    with argv_kernel(tmp_path) as (_, client):
+        run(client, "open('/opt/x', 'w').write('x')")
+        assert "[guest-argv " in run(client, "%container snapshot -m x -t guest-argv").stdout
+        assert "guest-argv" in run(client, "%container status").stdout
+
+
+def test_what_it_does_not_know_is_said(start: Start) -> None:
+    _, client = start()
+    for line, words in (
+        ("%container", "this container: image"), ("%container frob", "is no verb"), ("%container log -n x", "a number"),
+        ("%container log --frob", "has no option"), ("%container snapshot", "no message"),
+        ("%container snapshot -m", "wants a value"), ("%container tag", "wants a NAME"), ("%container log 'x", "quot"),
+        ("%container log a b", "takes no 'b'"), ("%container show nothing-here", "there is none named"),
+        ("%container tag UPPER", "is not one"),
+    ):  # fmt: skip
+        done = run(client, line)
+        assert words in done.stdout + done.stderr and not done.error, (line, done)
+
+
+def test_nothing_of_others(start: Start, cli, image: str) -> None:
+    """Neither can it move their names, nor see their images, nor take their kernels' place in the launcher."""
+    cli("tag", "others/image", "python")
+    made = json.loads(cli("images", "--json").out)
+    _, client = start()
+    run(client, "open('/opt/x', 'w').write('x')")
+    for line in ("snapshot -m x -t python", "snapshot -m x -t others/image", "snapshot -m x -t others-image"):
+        assert "is another image's" in run(client, f"%container {line}").stderr, line
+    assert json.loads(cli("images", "--json").out) == made
+    run(client, "%container snapshot -m x -t guest-own")
+    assert "is another image's" in run(client, "%container tag python").stderr
+    assert run(client, "%container tag guest-own-2").stdout.startswith("guest-own-2 ")
+    foreign = next((row["id"] for row in made if row["id"] != image and row["names"]), "")
+    if foreign:
+        assert "none that this container stands on" in run(client, f"%container show {foreign}").stderr
+
+
+HOSTILE = """
+import json, os, socket
+def say(data, size=1 << 16):
+    with socket.socket(socket.AF_UNIX) as s:
+        s.settimeout(30)
+        s.connect('/run/workbench/api')
+        try:
+            s.sendall(data)
+            s.shutdown(socket.SHUT_WR)
+            return s.recv(size).decode()
+        except OSError as error:
+            return str(error)
+bad = [b'', b'x', b'null\\n', b'[]\\n', b'{}\\n', b'{"do": "snapshot", "look_only": true}\\n', b'{"do": ["status"]}\\n',
+       b'{"do": "__init__"}\\n', b'{"do": "log", "number": -1}\\n', b'{"do": "log", "number": true}\\n',
+       b'{"do": "log", "image": 1}\\n', b'\\xff\\xfe\\n', b'{"do": "log", "image": "../../etc"}\\n',
+       b'[' * 100000 + b'\\n',
+       b'{"do": "tag", "name": ""}\\n', b'{"do": "log", "image": "a\\\\u0000b"}\\n',
+       b'{"do": "snapshot", "message": "x", "tag": "../../up"}\\n', b'x' * (1 << 20) + b'\\n',
+       json.dumps({'do': 'snapshot', 'message': 'x', 'author': 'a\\nb'}).encode() + b'\\n']
+print(json.dumps([say(data) for data in bad]))
+"""
+
+
+def test_hostile_requests(start: Start, workbench_names: set[str]) -> None:
+    _, client = start()
+    answers = json.loads(run(client, HOSTILE).stdout)
+    for answer in answers:
+        assert "value" not in answer and "Traceback" not in answer and "\n" not in answer.strip(), answer
+    assert "image" in run(client, "%container status").stdout
+    # its name can be taken away or lead elsewhere, to its own harm only
+    run(client, "import os; os.unlink('/run/workbench/api'); os.symlink('/etc/passwd', '/run/workbench/api')")
+    assert "ask the launcher" in run(client, "%container status").stderr
+    assert run(client, "1").reply["status"] == "ok"
+    assert workbench_names == set(Workbench().refs.all())
+
+
+@pytest.fixture
+def workbench_names(image: str) -> set[str]:
+    return set(Workbench().refs.all())
+
+
+def test_in_a_kernel_without_a_container(image: str, tmp_path: Path) -> None:
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(tmp_path))
+    try:
+        assert not run(client, "%load_ext workbench").error
+        assert "built from a recipe" in run(client, "%container log --oneline python").stdout
+        assert "in no container" in run(client, "%container snapshot -m x").stderr
+        assert "name an image" in run(client, "%container log").stderr
+        assert "no parent" in run(client, "%container diff python~1 python").stderr
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def test_what_runs_inside_is_python_3_8(tmp_path: Path) -> None:
+    source = Path(magics.__file__).read_text()
+    ast.parse(source, feature_version=(3, 8))
+    found = {name.split(".")[0] for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import)
+             for name in [alias.name for alias in node.names]}  # fmt: skip
+    assert found <= set(sys.stdlib_module_names) | {"pandas"}
+    code = f"import sys; sys.path.append({str(Path(magics.__file__).parent)!r}); import magics; "
+    code += "print(magics.parse('log -n 3 a'))"
+    done = subprocess.run([sys.executable, "-ISc", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "{'do': 'log', 'number': 3, 'image': 'a'}\n"
+
+
+def test_every_verb_is_told_of(image: str) -> None:
+    verbs = {line.split()[1] for line in magics._HELP.splitlines() if line.startswith("%container ")}
+    assert verbs == {*guest_api._KNOWN, "help"}

@@ -1,0 +1,218 @@
+"""What the code in one container may ask of the process that launched it, over a socket in its run folder.
+
+It can do what concerns its own container and the images that came of it, and nothing else. Whatever arrives is data:
+a request is one line of JSON of a few known keys, bounded in size, one at a time, and not too many in a second. The
+socket's name can be taken away from inside, which harms nobody else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from workbench.model import Conflict, InvalidInput, NotFound, WorkbenchError
+
+if TYPE_CHECKING:
+    from workbench.containers.container import Container
+    from workbench.workbench import Workbench
+
+#: In the run folder; inside it is /run/workbench/api.
+NAME = "api"
+_REQUEST = 128 << 10  # bytes
+_TIMEOUT = 10.0  # seconds for a request to arrive, and for an answer to be taken
+_RATE = 20.0  # requests in a second, in the long run
+_PATHS = 1000
+
+_KNOWN: dict[str, dict[str, type]] = {
+    "status": {}, "snapshot": {"message": str, "tag": str, "author": str, "dry_run": bool},
+    "log": {"image": str, "number": int, "oneline": bool}, "diff": {"one": str, "other": str, "files": bool},
+    "show": {"image": str}, "tag": {"name": str, "image": str},
+}  # fmt: skip
+
+
+class GuestApi:
+    """Serves one container from ``start`` to ``close``, through restarts of its kernel."""
+
+    def __init__(self, bench: Workbench, container: Container) -> None:
+        self.bench, self.container = bench, container
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._budget, self._then = _RATE, time.monotonic()
+
+    def start(self) -> None:
+        """Listen; before the container starts, so that the socket becomes its root's. Raises OSError."""
+        path = os.path.join(self.container.run_dir, NAME)
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        before = os.umask(0o077)
+        try:
+            self._listener.bind(path)
+        finally:
+            os.umask(before)
+        self._listener.listen(4)
+        threading.Thread(target=self._serve, name=f"workbench-guest-{self.container.id}", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening; what is being done is done to its end."""
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                channel, _ = self._listener.accept()
+            except OSError:
+                return
+            with channel, suppress(OSError):
+                channel.settimeout(_TIMEOUT)
+                self._wait_for_budget()
+                answer = self._answer(_line(channel))
+                channel.sendall(json.dumps(answer).encode() + b"\n")
+
+    def _wait_for_budget(self) -> None:
+        now = time.monotonic()
+        self._budget = min(_RATE, self._budget + (now - self._then) * _RATE) - 1
+        self._then = now
+        if self._budget < 0:
+            time.sleep(-self._budget / _RATE)
+
+    def _answer(self, data: bytes) -> dict[str, Any]:
+        try:
+            request = _checked(data)
+            return {"value": getattr(self, f"do_{request.pop('do')}")(**request)}
+        except WorkbenchError as error:
+            return {"error": str(error)}
+        except OSError as error:
+            return {"error": f"{error.strerror or error}"}
+
+    # What can be asked
+
+    def do_status(self) -> dict[str, Any]:
+        """This container: its image, what changed since its last snapshot, what it uses."""
+        head = self._head()
+        known = self.container.state
+        taken = self.bench.snapshot(self.container.id, message="", look_only=True)
+        usage = self.container.usage()
+        return {
+            "id": self.container.id, "image": str(known["labels"].get("image", "")), "image_id": known["image"],
+            "head": head["image"], "ref": head["ref"], "changes": taken.changes, "size": taken.size,
+            "network": known["spec"]["network"], "limits": known["spec"]["limits"],
+            "usage": asdict(usage) if usage else None,
+        }  # fmt: skip
+
+    def do_snapshot(self, message: str = "", tag: str = "", author: str = "", dry_run: bool = False) -> dict[str, Any]:
+        """See ``history.snapshot.take``; a name that is another's is refused."""
+        from workbench.jupyter import kernelspecs
+
+        if tag:
+            self._allow(tag)
+        taken = self.bench.snapshot(self.container.id, message=message, author=author, name=tag, look_only=dry_run)
+        if taken.image is not None and taken.image.kernel is not None:
+            with suppress(Conflict):  # the image is there, only its card is not
+                kernelspecs.write(taken.ref, taken.image)
+        return asdict(taken) | {"image": taken.image.id if taken.image else None, "paths": taken.paths[:_PATHS]}
+
+    def do_log(self, image: str = "", number: int | None = None, oneline: bool = False) -> list[dict[str, Any]]:  # noqa: ARG002
+        """The history of one of its images."""
+        entries = [asdict(entry) for entry in self.bench.log(self._own(image))]
+        return entries[:number]
+
+    def do_diff(self, one: str = "", other: str = "", files: bool = False) -> dict[str, Any]:
+        """Between two of its images; by default from the parent of the last to it."""
+        later = self._own(other)
+        image = self.bench.image(later)
+        earlier = self._own(one) if one else image.parent or image.id
+        if one and not other:
+            earlier, later = self._own(one), self._own("")
+        found = asdict(self.bench.diff(earlier, later))
+        return found if files else found | {"files": [row | {"path": ""} for row in found["files"]]}
+
+    def do_show(self, image: str = "") -> dict[str, Any]:
+        """One of its images, and what it changed."""
+        own = self._own(image)
+        entry = next(iter(self.bench.log(own)))
+        found = asdict(self.bench.diff(entry.parent, own)) if entry.parent else None
+        return asdict(entry) | {"diff": found}
+
+    def do_tag(self, name: str, image: str = "") -> str:
+        """Another name for one of its images."""
+        from workbench.jupyter import kernelspecs
+
+        self._allow(name)
+        made = self.bench.tag(name, self._own(image), force=True)
+        if made.kernel is not None:
+            kernelspecs.write(name, made)
+        return f"{name} {made.id[7:19]}"
+
+    # What is its own
+
+    def _head(self) -> dict[str, Any]:
+        return self.container.head
+
+    def _own(self, text: str) -> str:
+        """The ID of an image that this container stands on or has made. Raises NotFound for any other."""
+        head = str(self._head()["image"])
+        if not text:
+            return head
+        found = self.bench.image(text).id
+        if found not in {entry.id for entry in self.bench.log(head)}:
+            raise NotFound(f"find the image {text}", "it is none that this container stands on", "see %container log")
+        return found
+
+    def _allow(self, name: str) -> None:
+        """Nothing inside moves a name that somebody else has given. Raises Conflict, InvalidInput."""
+        from workbench.jupyter import kernelspecs
+
+        self.bench.refs.check(name)
+        head = self._head()
+        own = {entry.id for entry in self.bench.log(head["image"])} - {self.container.image_id}
+        known = self.bench.refs.all()
+        full = name if ":" in name else f"{name}:latest"
+        spec = kernelspecs.kernel_name(name)
+        taken = known.get(full) not in {None, *own} or any(
+            kernelspecs.kernel_name(other) == spec and image not in own for other, image in known.items()
+        )
+        if taken:
+            raise Conflict(f"name an image {name}", "that name is another image's", "choose another name")
+
+
+def _line(channel: socket.socket) -> bytes:
+    """One line. Raises OSError when it does not arrive whole in time."""
+    data = b""
+    until = time.monotonic() + _TIMEOUT
+    while not data.endswith(b"\n"):
+        channel.settimeout(max(0.01, until - time.monotonic()))
+        piece = channel.recv(1 << 16)
+        if not piece:
+            raise ConnectionError("it has gone")
+        data += piece
+        if len(data) > _REQUEST:
+            return b""
+    return data
+
+
+def _checked(data: bytes) -> dict[str, Any]:
+    """A request of known keys. Raises InvalidInput."""
+    tried = "answer %container"
+    try:
+        request = json.loads(data)
+    except (ValueError, RecursionError):
+        raise InvalidInput(tried, "the request is no line of JSON, or too long") from None
+    if not isinstance(request, dict) or not isinstance(request.get("do"), str) or request["do"] not in _KNOWN:
+        raise InvalidInput(tried, "it asks for nothing that is known here")
+    known: Mapping[str, type] = _KNOWN[request["do"]]
+    for key, value in request.items():
+        if key != "do" and (key not in known or type(value) is not known[key]):
+            raise InvalidInput(tried, f"{key[:40]!r} is not understood")
+    if "name" in known and not request.get("name"):
+        raise InvalidInput(tried, "no name is given")
+    if request.get("number", 0) < 0:
+        raise InvalidInput(tried, "a number is negative")
+    return request
