@@ -57,6 +57,8 @@ TESTS = (
     Tool("chromium", "the browser of the user interface tests", "chromium"),
     Tool("fonts-dejavu-core", "letters for it"),
     Tool("libatomic1", "a library of the program that drives it"),
+    Tool("skopeo", "another reader of image archives", "skopeo"),
+    Tool("umoci", "another reader of image archives", "umoci"),
 )
 #: goal: (extras of the package, Debian packages)
 GOALS = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import nbformat
 import pytest
@@ -20,11 +22,24 @@ SHOWN = {
     "tensorflow": {"text/html", "image/png"},
     "sklearn": {"text/html", "image/png"},
     "r": {"text/html", "image/png"},
+    "snapshot": {"text/html"},
 }
 
 
+@pytest.fixture
+def tidy(cli) -> Iterator[None]:
+    """What a tutorial keeps goes."""
+    yield
+    for row in json.loads(cli("ps", "--all", "--json").out):
+        cli("rm", "-f", row["id"])
+    cli("rmi", "tutorial")
+    cli("gc")
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
-def test_a_tutorial_runs(path, image, cli, tmp_path):
+def test_a_tutorial_runs(path, image, cli, tmp_path, request):
+    if path.stem == "snapshot":
+        request.getfixturevalue("tidy")
     notebook = nbformat.read(path, 4)
     nbformat.validate(notebook)
     assert all(not cell.get("outputs") for cell in notebook.cells), "clear the outputs before committing"
@@ -41,5 +56,8 @@ def test_a_tutorial_runs(path, image, cli, tmp_path):
     assert [output for output in outputs if output.get("name") == "stderr"] == []
     shown = {kind for output in outputs for kind in output.get("data", {})}
     assert SHOWN.get(path.stem, set()) <= shown
+    if path.stem == "snapshot":
+        said = "".join(output.get("text", "") for output in outputs)
+        assert "] Add toolz\n" in said and "] Set the threshold\n" in said and "1 packages; " in said
     if path.stem == "quickstart":
         assert str(tmp_path) in outputs[0]["data"]["text/html"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from workbench.model import (
     Limits,
     Mount,
     Network,
+    NotFound,
     Problem,
     Settings,
     narrower,
@@ -332,8 +334,10 @@ class Workbench(LoggingConfigurable):
         container = self.container(text)
         if force:
             container.stop(timeout=1.0)
-        if os.path.isdir(container.folder):  # an unchanged one went when it was stopped
-            container.remove()
+        # An unchanged one goes when it is stopped; who launched it may just be at that.
+        with suppress(FileNotFoundError, NotFound) if force else nullcontext():
+            if os.path.isdir(container.folder):
+                container.remove()
         return container.id
 
     def logs(self, text: str) -> str:
@@ -378,6 +382,18 @@ class Workbench(LoggingConfigurable):
             raise Conflict(f"tag {text}", f"{name} is the name of {str(known)[7:19]}", "move it with --force")
         self.refs.set(name, image.id, f"tag: {text}")
         return image
+
+    def export(self, text: str, out: str, *, form: str = "none", along: Sequence[str] = ()) -> int:
+        """Write an image into one file that other tools read; see ``history.share.save``."""
+        from workbench.history import share
+
+        return share.save(self.store, self.refs, self.image(text), text, out, form=form, along=along)
+
+    def load(self, path: str, name: str = "", *, force: bool = False) -> tuple[str, Image]:
+        """Take an image from an archive; see ``history.share.load``."""
+        from workbench.history import share
+
+        return share.load(self.store, self.refs, path, name, force=force)
 
     # Housekeeping
 

@@ -34,8 +34,8 @@ def listing(with_links=False):
             if not stat.S_ISDIR(s.st_mode):
                 row.append(s.st_mtime_ns)
             if stat.S_ISREG(s.st_mode):
-                with open(path, "rb") as file:
-                    row.append(hashlib.sha256(file.read()).hexdigest())
+                with open(path, "rb") as file:  # of a large one its beginning, its size and its time say enough
+                    row += [s.st_size, hashlib.sha256(file.read(1 << 17)).hexdigest()]
                 links.setdefault((s.st_dev, s.st_ino), []).append(os.fsencode(path).hex())
             if stat.S_ISLNK(s.st_mode):
                 row.append(os.fsencode(os.readlink(path)).hex())

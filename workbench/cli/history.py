@@ -144,5 +144,30 @@ def tag(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     return 0
 
 
+def export(bench: Workbench, options: Any, _: Get) -> int:
+    """``export IMAGE -o FILE``."""
+    size = bench.export(options.image, options.output, form=options.compress, along=options.along)
+    print(f"{options.output}  {format_size(size)}")
+    return 0
+
+
+def load(bench: Workbench, options: Any, kernelspecs: Get) -> int:
+    """``import FILE [NAME]``: the image, its kernel, and beside it the files that came along, if none are there."""
+    from workbench.history import share
+
+    name, image = bench.load(options.file, options.name or "", force=options.force)
+    if image.kernel is not None:
+        kernelspecs().write(name, image)
+    print(f"{name} {image.id}")
+    for file, data in share.along(options.file).items():
+        try:
+            with open(file, "xb") as out:
+                out.write(data)
+            print(file)
+        except FileExistsError:
+            show.error(f"{file} came along and is here already: it stays as it is")
+    return 0
+
+
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"

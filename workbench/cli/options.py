@@ -185,6 +185,24 @@ def _tag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", "-f", action="store_true", help="move the name when another image has it")
 
 
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE", help="a name, an ID or a revision")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", required=True, help="the archive to write, like plots.oci.tar"
+    )
+    parser.add_argument(
+        "--with", dest="along", metavar="FILE", action="append", default=[],
+        help="a notebook that goes along; may be given more than once",
+    )  # fmt: skip
+    parser.add_argument("--compress", metavar="HOW", default="none", help="none (read by all), gzip or zstd")
+
+
+def _import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="an OCI archive or layout, or what docker save wrote")
+    parser.add_argument("name", metavar="NAME", nargs="?", help="instead of its own name")
+    parser.add_argument("--force", "-f", action="store_true", help="move the name when another image has it")
+
+
 def _check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repair", action="store_true", help="mend what can be mended")
     _json(parser)
@@ -246,6 +264,18 @@ COMMANDS: dict[str, Command] = {
         (("diff plots~1 plots", "what the last snapshot changed"), ("diff --name-status python plots", "every file")),
     ),
     "tag": Command("give an image another name", _tag, "workbench.cli.history:tag"),
+    "export": Command(
+        "write an image into one file", _export, "workbench.cli.history:export",
+        "Write an image with its history into one OCI archive, which skopeo, Podman, Docker\n"
+        "and umoci read as it is.",
+        (("export plots -o plots.oci.tar --with analysis.ipynb", "for a colleague"),),
+    ),
+    "import": Command(
+        "take an image from a file", _import, "workbench.cli.history:load",
+        "Take an image from an OCI archive or layout or from what docker save wrote; with a\n"
+        "kernel in it, wb-NAME. Every byte is held against its digest.",
+        (("import plots.oci.tar", "under its own name"),),
+    ),
     "ps": Command("list containers", _ps, "workbench.cli.commands:ps"),
     "logs": Command("what a container's kernel or command wrote", _logs, "workbench.cli.commands:logs"),
     "stop": Command("stop running containers", _stop, "workbench.cli.commands:stop"),

@@ -30,6 +30,7 @@ _TRIED = "read an image's archive"
 _CHUNK = 1 << 20
 #: Files of an archive: a layer is one, and overlayfs takes some hundred.
 _MEMBERS = 10_000
+_ALONG = 64 << 20  # bytes of a file that comes along
 #: Bytes of the disk that stay free.
 _SPARE = 256 << 20
 _INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
@@ -62,7 +63,41 @@ def load(store: Store, path: Path | str, ref: str = "") -> Image:
                     tar = staging / "layer.tar"
                     _unpack(source, name, digest, tar)
                     store.add_tar(tar, diff_id)
-            return store.add_image(data)
+            image = store.add_image(data)
+            _take_ancestors(source, store, image)
+            return image
+
+
+def _take_ancestors(source: _Source, store: Store, image: Image) -> None:
+    """The configs of the images that it stands on, where they lie beside it (``export``): its history."""
+    for _ in range(_MEMBERS):
+        if not image.parent or not source.has(_path(image.parent)):
+            return
+        try:
+            image = store.add_image(_blob(source, image.parent))
+        except (NotFound, InvalidInput):  # it is no config of ours, or stands on other layers
+            return
+
+
+def names(path: Path | str) -> list[str]:
+    """What an archive calls its images, first its own order. Raises as ``load`` does."""
+    with _open(Path(path)) as source:
+        try:
+            if source.has("index.json"):
+                entries = _json(source, "index.json").get("manifests", [])
+                return [
+                    str(name) for entry in entries
+                    if (name := entry.get("annotations", {}).get("org.opencontainers.image.ref.name"))
+                ]  # fmt: skip
+            return [str(name) for entry in _json(source, "manifest.json") for name in entry.get("RepoTags") or ()]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Corrupt(_TRIED, f"{path}: its manifest is malformed ({error!r})", "get it again") from None
+
+
+def along(path: Path | str, folder: str) -> dict[str, bytes]:
+    """The files that came along in an archive below a folder of it, by name; small ones only."""
+    with _open(Path(path)) as source:
+        return {name: source.read(folder + name, _ALONG) for name in source.names(folder)}
 
 
 def _of_layout(source: _Source, ref: str) -> tuple[bytes, list[tuple[str, str]]]:
@@ -153,11 +188,12 @@ def _plain(file: _Checked) -> Iterator[bytes]:
     try:
         while data := reader.read(_CHUNK):
             yield data
-    except (OSError, EOFError, ValueError, zlib.error, _zstd_module().ZstdError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, zstd_module().ZstdError) as error:
         raise Corrupt(_TRIED, f"a layer is broken ({error})", "get the archive again") from None
 
 
-def _zstd_module() -> Any:
+def zstd_module() -> Any:
+    """The standard library's from Python 3.14 on, before that the same from PyPI."""
     try:
         from compression import zstd  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -166,7 +202,7 @@ def _zstd_module() -> Any:
 
 
 def _zstd(file: _Checked) -> Any:
-    return _zstd_module().ZstdFile(file)
+    return zstd_module().ZstdFile(file)
 
 
 # Where it is read from
@@ -179,6 +215,9 @@ class _Source:
         raise NotImplementedError
 
     def open(self, name: str) -> IO[bytes]:
+        raise NotImplementedError
+
+    def names(self, folder: str) -> list[str]:
         raise NotImplementedError
 
     def read(self, name: str, limit: int) -> bytes:
@@ -205,6 +244,12 @@ class _Folder(_Source):
             os.close(fd)
             raise Corrupt(_TRIED, f"{name} is no file", "do not trust it")
         return open(fd, "rb")
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            return sorted(os.listdir(self._path / folder))
+        except OSError:
+            return []
 
 
 class _Plain(tarfile.TarInfo):
@@ -233,6 +278,10 @@ class _Tar(_Source):
 
     def has(self, name: str) -> bool:
         return name in self._members
+
+    def names(self, folder: str) -> list[str]:
+        found = [name[len(folder) :] for name in self._members if name.startswith(folder)]
+        return sorted(name for name in found if name and "/" not in name)
 
     def open(self, name: str) -> IO[bytes]:
         member = self._members.get(os.path.normpath(_inside(name)))

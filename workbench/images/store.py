@@ -268,6 +268,11 @@ class Store:
             )
         return config.decode(data)
 
+    def config(self, image_id: str) -> bytes:
+        """The bytes of an image's config. Raises NotFound, Corrupt."""
+        self.image(image_id)
+        return _read(self._blob(image_id)) or b""
+
     def history(self, image_id: str) -> list[dict[str, Any]]:
         """The history entries of an image's config (OCI image spec, config.md). Raises NotFound, Corrupt."""
         self.image(image_id)

@@ -1,0 +1,60 @@
+"""An image with its history as one file for a colleague, and back."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from workbench.images import archive, export
+from workbench.images.refs import Refs
+from workbench.images.store import Store
+from workbench.model import Conflict, Image, InvalidInput, NotFound
+
+#: A configuration file or a hidden one, dropped beside a user's work, would do something.
+_NOTEBOOK = re.compile(r"\w[\w .()+-]*\.ipynb")
+
+
+def save(
+    store: Store, refs: Refs, image: Image, text: str, out: str, *, form: str = "none", along: Sequence[str] = ()
+) -> int:
+    """Write an image into one file that other tools read, with files that go along; its bytes.
+
+    text: how the caller named it, which is its name in the file if it is one of its names; along: notebooks. Raises
+    NotFound, InvalidInput, HostLacks without space.
+    """
+    names = [name for name, image_id in refs.all().items() if image_id == image.id]
+    name = next((name for name in names if name in (text, f"{text}:latest")), names[0] if names else image.id[7:19])
+    files = {os.path.basename(path): Path(path) for path in along}
+    for file, path in files.items():
+        if not _NOTEBOOK.fullmatch(file):
+            raise InvalidInput(f"export {text}", f"{file!r} is no notebook", "only FILE.ipynb goes along with an image")
+        if not path.is_file():
+            raise NotFound(f"export {text}", f"there is no file {path}", "correct the name")
+    return export.save(store, image, name, out, form=export.form(form), along=files)
+
+
+def load(store: Store, refs: Refs, path: str, name: str = "", *, force: bool = False) -> tuple[str, Image]:
+    """Take an image from an archive: its name here, and it. name: instead of the archive's own.
+
+    Raises Conflict for a name that is another image's, unless ``force``; InvalidInput, Corrupt, HostLacks.
+    """
+    found = archive.names(path)
+    wanted = name or (found[0] if found else "")
+    if not wanted:
+        raise InvalidInput(f"import {path}", "the archive gives its image no name", "give one: import FILE NAME")
+    refs.check(wanted)
+    with store.lease():
+        image = archive.load(store, path, found[0] if len(found) > 1 else "")
+        known = refs.all().get(wanted if ":" in wanted else f"{wanted}:latest")
+        if known not in (None, image.id) and not force:
+            obstacle = f"{wanted} is the name of {str(known)[7:19]}"
+            raise Conflict(f"import {path}", obstacle, "give another name, or --force")
+        refs.set(wanted, image.id, f"import: {os.path.basename(path)}")
+    return wanted, image
+
+
+def along(path: str) -> dict[str, bytes]:
+    """The notebooks that came along with an image, by name; whatever else lies there is left there."""
+    return {name: data for name, data in archive.along(path, export.ALONG).items() if _NOTEBOOK.fullmatch(name)}

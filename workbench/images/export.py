@@ -1,0 +1,160 @@
+"""An image in one file that others read as it is: an OCI image layout in a tar, which ``docker load`` takes as well.
+
+Sources: OCI image spec (image-layout.md, manifest.md, descriptor.md); Docker's image specification v1.2. The same
+image, name and form give the same bytes. Beside the image lie the configs of those that it stands on, so that its
+history goes along; readers that know nothing of them pass them over.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from workbench.images import config, files
+from workbench.images.archive import zstd_module
+from workbench.images.files import clear_errors
+from workbench.images.store import Store
+from workbench.model import Image, InvalidInput, WorkbenchError
+
+Form = Literal["none", "gzip", "zstd"]
+FORMS: tuple[Form, ...] = ("none", "gzip", "zstd")
+#: Where files that go along with an image lie in its archive.
+ALONG = "workbench/"
+
+_LAYER = "application/vnd.oci.image.layer.v1.tar"
+_CHUNK = 1 << 20
+
+
+def save(
+    store: Store, image: Image, name: str, out: Path | str, *, form: Form = "none",
+    along: Mapping[str, Path] | None = None,
+) -> int:  # fmt: skip
+    """Write an image's archive, durably; its bytes. What is there under that name is replaced only by a whole one.
+
+    name: ``name:tag``, by which readers find it; form: how layers are compressed (``none`` and ``gzip`` are read by
+    all); along: files that go with it, by name. Raises NotFound, Corrupt, HostLacks without space.
+    """
+    out = Path(os.path.abspath(out))
+    new = out.with_name(f".{out.name}.{os.getpid()}")
+    with (
+        clear_errors("write an image's archive", str(out)),
+        store.lease(image.id, *image.diff_ids),
+        store.staging() as staging,
+    ):
+        try:
+            with open(new, "xb") as file:
+                with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+                    _write(archive, store, image, name, staging, form, along or {})
+                file.flush()
+                os.fsync(file.fileno())
+            files.publish(str(new), str(out))
+        finally:
+            with suppress(FileNotFoundError):
+                new.unlink()
+    return out.stat().st_size
+
+
+def _write(
+    archive: tarfile.TarFile, store: Store, image: Image, name: str, staging: Path, form: Form,
+    along: Mapping[str, Path],
+) -> None:  # fmt: skip
+    # Named as well, since skopeo gives folders that it makes by itself to root, which without root it may not.
+    for folder in ("blobs", "blobs/sha256", *([ALONG.rstrip("/")] if along else [])):
+        archive.addfile(_member(folder, 0, tarfile.DIRTYPE))
+    _add(archive, "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
+    data = store.config(image.id)
+    blobs = {diff_id: _layer(archive, store, diff_id, staging, form) for diff_id in dict.fromkeys(image.diff_ids)}
+    described = [blobs[diff_id] for diff_id in image.diff_ids]
+    manifest = _json({
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
+        "config": _described("application/vnd.oci.image.config.v1+json", data), "layers": described,
+    })  # fmt: skip
+    for blob in (data, manifest, *_ancestors(store, image)):
+        _add(archive, _path(config.digest_of(blob)), blob)
+    entry = _described("application/vnd.oci.image.manifest.v1+json", manifest)
+    entry["annotations"] = {"org.opencontainers.image.ref.name": name}
+    _add(archive, "index.json", _json({"schemaVersion": 2, "manifests": [entry]}))
+    docker = {"Config": _path(image.id), "RepoTags": [name], "Layers": [_path(layer["digest"]) for layer in described]}
+    _add(archive, "manifest.json", _json([docker]))
+    for file_name, path in sorted(along.items()):
+        _add(archive, ALONG + file_name, path.read_bytes())
+
+
+def _ancestors(store: Store, image: Image) -> Iterator[bytes]:
+    seen = {image.id}
+    while image.parent and image.parent not in seen:
+        seen.add(image.parent)
+        try:
+            image = store.image(image.parent)
+        except WorkbenchError:  # not here: the history ends there
+            return
+        yield store.config(image.id)
+
+
+def _layer(archive: tarfile.TarFile, store: Store, diff_id: str, staging: Path, form: Form) -> dict[str, Any]:
+    """Write a layer's blob; its descriptor."""
+    plain = staging / "layer.tar"
+    store.write_tar(diff_id, plain)
+    if form == "none":
+        kept, digest, kind = plain, diff_id, _LAYER
+    else:
+        kept, kind = staging / "layer", f"{_LAYER}+{form}"
+        _compress(plain, kept, form)
+        digest = files.digest(str(kept))
+    size = kept.stat().st_size
+    with open(kept, "rb") as file:
+        archive.addfile(_member(_path(digest), size), file)
+    for path in {plain, kept}:
+        path.unlink()
+    return {"mediaType": kind, "digest": digest, "size": size}
+
+
+def _compress(source: Path, target: Path, form: Form) -> None:
+    """The same bytes each time: no name and no time in the header."""
+    with open(source, "rb") as file, open(target, "wb") as out:
+        packed: Any
+        if form == "gzip":
+            packed = gzip.GzipFile("", "wb", 6, out, mtime=0)
+        else:
+            packed = zstd_module().ZstdFile(out, "wb", level=3)
+        with packed:
+            while data := file.read(_CHUNK):
+                packed.write(data)
+
+
+def _described(kind: str, data: bytes) -> dict[str, Any]:
+    return {"mediaType": kind, "digest": config.digest_of(data), "size": len(data)}
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _path(digest: str) -> str:
+    return f"blobs/sha256/{digest.removeprefix('sha256:')}"
+
+
+def _member(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.size, member.mtime = kind, size, 0
+    member.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
+    return member
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    archive.addfile(_member(name, len(data)), io.BytesIO(data))
+
+
+def form(text: str) -> Form:
+    """The text, if it names a form. Raises InvalidInput."""
+    for known in FORMS:
+        if text == known:
+            return known
+    raise InvalidInput("export an image", f"{text!r} is no compression", f"known are {', '.join(FORMS)}")
