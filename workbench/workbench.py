@@ -362,7 +362,7 @@ class Workbench(LoggingConfigurable):
             look_only=look_only,
         )  # fmt: skip
 
-    def log(self, text: str) -> Iterator[Entry]:
+    def history(self, text: str) -> Iterator[Entry]:
         """An image and those that it stands on, the newest first. Raises NotFound, InvalidInput."""
         from workbench.history import log
 

@@ -232,3 +232,11 @@ def test_configuration_files_count(cli, image, tmp_path):
     (tmp_path / "jupyter_workbench_config.py").write_text("this is no Python\n")
     broken = cli("images", JUPYTER_CONFIG_DIR=folder)
     assert broken.code == 1 and one_line(broken.err)
+
+
+def test_an_unknown_setting_is_told_of(cli, image, tmp_path):
+    (tmp_path / "jupyter_workbench_config.py").write_text("c.Workbench.netwrok = 'none'\n")
+    done = cli("images", "--json", JUPYTER_CONFIG_DIR=str(tmp_path))
+    assert (
+        done.code == 0 and "netwrok" in done.err and "did you mean" in done.err.lower() and "Traceback" not in done.err
+    )

@@ -113,7 +113,7 @@ def test_what_is_launched_is_what_was_there(live: Live, workbench: Workbench, se
         again = live.snapshot()
         assert again.image is None and again.changes == 0, again.paths
     assert workbench.check() == []
-    assert [entry.id for entry in workbench.log("made")][:3] == [
+    assert [entry.id for entry in workbench.history("made")][:3] == [
         workbench.image(text).id for text in ("made", "made~1", "made~2")
     ]  # fmt: skip
 
@@ -169,7 +169,7 @@ def test_two_at_once(live: Live, workbench: Workbench) -> None:
     for thread in threads:
         thread.join(timeout=60)
     assert sorted(one.image is None for one in taken) == [False, True]
-    assert len(list(workbench.log("twice"))) == 2
+    assert len(list(workbench.history("twice"))) == 2
 
 
 def test_a_stopped_container(live: Live, workbench: Workbench) -> None:
@@ -232,7 +232,7 @@ def test_who_when_and_why(live: Live, workbench: Workbench, image: str) -> None:
     live.ask(do="mutate", seed=4, rounds=30)
     second = live.snapshot("Second")
     assert first.image and second.image and second.ref == "told"
-    entries = list(workbench.log("told"))
+    entries = list(workbench.history("told"))
     assert [(entry.summary, entry.author, entry.parent) for entry in entries] == [
         ("Second", "A <a@example.org>", first.image.id), ("First", "A <a@example.org>", image),
         ("built from a recipe", "", ""),

@@ -86,7 +86,7 @@ def test_what_it_does_not_know_is_said(start: Start) -> None:
         ("%container", "this container: image"), ("%container frob", "is no verb"), ("%container log -n x", "a number"),
         ("%container log --frob", "has no option"), ("%container snapshot", "no message"),
         ("%container snapshot -m", "wants a value"), ("%container tag", "wants a NAME"), ("%container log 'x", "quot"),
-        ("%container log a b", "takes no 'b'"), ("%container show nothing-here", "there is none named"),
+        ("%container log a b", "takes no 'b'"), ("%container show nothing-here", "none that this container stands on"),
         ("%container tag UPPER", "is not one"),
     ):  # fmt: skip
         done = run(client, line)

@@ -55,7 +55,7 @@ def _the_only(bench: Workbench) -> str:
 def log(bench: Workbench, options: Any, _: Get) -> int:
     """``log IMAGE``."""
     entries: list[Entry] = []
-    for entry in bench.log(options.image):
+    for entry in bench.history(options.image):
         if options.number is not None and len(entries) >= options.number:
             break
         entries.append(entry)
@@ -86,7 +86,7 @@ def _names(entry: Entry) -> str:
 
 def show_image(bench: Workbench, options: Any, _: Get) -> int:
     """``show IMAGE``: what it says of itself, and what it changed."""
-    history = bench.log(options.image)
+    history = bench.history(options.image)
     entry = next(history)
     parent = next(history, None) if entry.parent else None
     found = bench.diff(parent.id, entry.id) if parent else None

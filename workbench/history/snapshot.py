@@ -65,7 +65,7 @@ def take(
     author, message = _checked(author or default_author(), message if not look_only else message or "look")
     with _alone(container), store.staging() as staging:
         known, head = container.state, state.load_head(container.folder)
-        ref = name or head["ref"] or _own_name(known)
+        ref = name or head["ref"] or _own_name(known, refs)
         refs.check(ref)
         parent = store.image(head["image"])
         with store.lease(parent.id):
@@ -152,11 +152,12 @@ def _checked(author: str, message: str) -> tuple[str, str]:
     return author.strip(), message
 
 
-def _own_name(known: dict[str, Any]) -> str:
+def _own_name(known: dict[str, Any], refs: Refs) -> str:
     """A name for the first snapshot that was given none: nothing that was acknowledged may be lost."""
     label = str(known["labels"].get("image", "")).partition(":")[0]
     base = "snapshot" if not label or label.startswith("sha256") else label
-    return f"{base}-{known['id'][:4]}"
+    short = f"{base}-{known['id'][:4]}"
+    return f"{base}-{known['id']}" if f"{short}:latest" in refs.all() else short
 
 
 def default_author() -> str:
