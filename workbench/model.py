@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 #: ``none``, ``outbound``, ``host``, or ``lan:NAME`` for a named network (``parse_network``).
 Network = str
@@ -111,10 +111,15 @@ def parse_network(text: str) -> Network:
     raise InvalidInput("choose a network", obstacle)
 
 
-def narrower(first: Network, second: Network | None) -> Network:
-    """The one of two that reaches less; of two alike the second, which is closer to the container."""
-    if second is None:
-        return first
+@overload
+def narrower(first: Network, second: Network | None) -> Network: ...
+@overload
+def narrower(first: Network | None, second: Network | None) -> Network | None: ...
+def narrower(first: Network | None, second: Network | None) -> Network | None:
+    """The one of two that reaches less, None for whoever says nothing; of two alike the second, which is closer to the
+    container."""
+    if first is None or second is None:
+        return first or second
 
     def reach(network: Network) -> int:
         return NETWORKS.index("outbound" if network.startswith(LAN) else network)
@@ -143,6 +148,16 @@ def format_size(size: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     raise AssertionError("unreachable")
+
+
+def count(number: int, what: str) -> str:
+    """``3 wheels``."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def project_name(text: str) -> str:
+    """A Python project's name as indexes write it (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", text).lower()
 
 
 @dataclass(frozen=True, slots=True)

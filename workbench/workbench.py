@@ -377,10 +377,7 @@ class Workbench(LoggingConfigurable):
     def tag(self, name: str, text: str, *, force: bool = False) -> Image:
         """Give an image another name. Raises Conflict for a name that is another image's, unless ``force``."""
         image = self.image(text)
-        known = self.refs.all().get(name if ":" in name else f"{name}:latest")
-        if known not in (None, image.id) and not force:
-            raise Conflict(f"tag {text}", f"{name} is the name of {str(known)[7:19]}", "move it with --force")
-        self.refs.set(name, image.id, f"tag: {text}")
+        self.refs.move(name, image.id, f"tag: {text}", force=force)
         return image
 
     def export(self, text: str, out: str, *, form: str = "none", along: Sequence[str] = ()) -> int:

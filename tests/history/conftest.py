@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -28,3 +29,14 @@ def image(image: str) -> str:
     bench.refs.set(LOWER, made.id)
     bench.close()
     return made.id
+
+
+@pytest.fixture
+def workbench() -> Iterator[Workbench]:
+    workbench = Workbench(offer_host_settings=False)  # what is bound over a file hides it
+    before = set(workbench.refs.all())
+    yield workbench
+    for name in set(workbench.refs.all()) - before:
+        workbench.refs.delete(name)
+    workbench.gc()
+    workbench.close()

@@ -24,17 +24,6 @@ NOTEBOOK = '{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
 
 
 @pytest.fixture
-def workbench() -> Iterator[Workbench]:
-    workbench = Workbench(offer_host_settings=False)
-    before = set(workbench.refs.all())
-    yield workbench
-    for name in set(workbench.refs.all()) - before:
-        workbench.refs.delete(name)
-    workbench.gc()
-    workbench.close()
-
-
-@pytest.fixture
 def elsewhere(tmp_path: Path) -> Iterator[Workbench]:
     """Another, empty store."""
     other = Workbench(home=str(tmp_path / "elsewhere"), offer_host_settings=False)

@@ -59,17 +59,6 @@ class Live:
 
 
 @pytest.fixture
-def workbench() -> Iterator[Workbench]:
-    workbench = Workbench(offer_host_settings=False)  # what is bound over a file hides it
-    before = set(workbench.refs.all())
-    yield workbench
-    for name in set(workbench.refs.all()) - before:
-        workbench.refs.delete(name)
-    workbench.gc()
-    workbench.close()
-
-
-@pytest.fixture
 def live(workbench: Workbench, image: str) -> Iterator[Live]:
     live = Live(workbench, image)
     yield live

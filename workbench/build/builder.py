@@ -40,17 +40,16 @@ from workbench.images.refs import Refs
 from workbench.images.store import Lease, Store
 from workbench.linux import userns
 from workbench.model import (
-    NETWORKS,
     BuildFailed,
     HostLacks,
     Image,
     InvalidInput,
     Kernel,
     Limits,
-    Network,
     Settings,
     WorkbenchError,
     format_size,
+    narrower,
 )
 
 __all__ = ["SUITE_LABEL", "Built", "Options", "build", "compare"]
@@ -431,7 +430,7 @@ class _Build(Workplace):
             working_dir=below.working_dir if below else "/",
             kernel=self._kernel(),
             limits=recipe.limit_values().stricter(below.limits if below else Limits()),
-            network=_narrower(recipe.network, below.network if below else None),
+            network=narrower(recipe.network, below.network if below else None),
             created=datetime.fromtimestamp(self.epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             labels=labels,
             history=self.history,
@@ -453,8 +452,3 @@ def _seconds(created: str) -> int:
     with suppress(ValueError, OverflowError):
         return max(1, int(datetime.fromisoformat(created.replace("Z", "+00:00")).timestamp()))
     return 1
-
-
-def _narrower(*wanted: Network | None) -> Network | None:
-    """The one of these that reaches least; None when nobody says anything."""
-    return min((each for each in wanted if each is not None), key=NETWORKS.index, default=None)

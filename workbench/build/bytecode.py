@@ -15,8 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from workbench.build.lock import Wheel
-from workbench.build.steps import IN, OUT, Run, Site, normal, read_out
-from workbench.model import BuildFailed, Mount
+from workbench.build.steps import IN, OUT, Run, Site, read_out
+from workbench.model import BuildFailed, Mount, project_name
 
 _LIMIT = 1 << 30  # bytes of one wheel's bytecode
 _KEPT = f"{IN}/bytecode"
@@ -105,7 +105,7 @@ def run(wheels: Iterable[Wheel], site: Site) -> Run:
     into, out = site.scratch(), site.scratch()
     names = {}
     for wheel in wheels:
-        names[normal(wheel.name)] = wheel.sha256
+        names[project_name(wheel.name)] = wheel.sha256
         with suppress(FileNotFoundError):
             os.link(_path(folder, wheel), into / f"{wheel.sha256}.zip")
     (into / "wheels.json").write_text(json.dumps(names))

@@ -14,8 +14,8 @@ from workbench.build.fetch import File
 from workbench.build.lock import StepLock
 from workbench.build.pins import beside
 from workbench.build.recipe import RunTable
-from workbench.build.steps import IN, Run, Site, count
-from workbench.model import Conflict, InvalidInput, Mount
+from workbench.build.steps import IN, Run, Site
+from workbench.model import Conflict, InvalidInput, Mount, count
 
 # Laid out as they are to be already: only copied, each below its folder, which may be there.
 _COPY = r"""

@@ -29,9 +29,9 @@ from msgspec.structs import replace
 from workbench.build import keys
 from workbench.build.fetch import File
 from workbench.build.lock import Deb, StepLock
-from workbench.build.steps import IN, OUT, Run, Site, count, hand_over, read_out
+from workbench.build.steps import IN, OUT, Run, Site, hand_over, read_out
 from workbench.containers.host_settings import DEBIAN, SECURITY, apt_sources
-from workbench.model import BuildFailed, Corrupt, HostLacks, Mount, Settings
+from workbench.model import BuildFailed, Corrupt, HostLacks, Mount, Settings, count
 
 TREE = "/target"
 _REPOSITORY = f"{IN}/debs"

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -171,13 +170,3 @@ def image_environment(recipe: Recipe, derived: bool = False) -> dict[str, str]:
     if recipe.python.packages:
         env |= {"PATH": PATH, "VIRTUAL_ENV": VENV}
     return env | recipe.env
-
-
-def normal(name: str) -> str:
-    """A Python project's name as indexes write it (PEP 503)."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def count(number: int, what: str) -> str:
-    """``3 wheels``."""
-    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -25,8 +25,8 @@ from msgspec.structs import replace
 from workbench.build import bytecode
 from workbench.build.fetch import File, Unreachable, Web
 from workbench.build.lock import Source, StepLock, Wheel
-from workbench.build.steps import IN, OUT, Run, Site, StepFailed, count, hand_over, normal, read_out
-from workbench.model import BuildFailed, HostLacks, Mount, Settings
+from workbench.build.steps import IN, OUT, Run, Site, StepFailed, hand_over, read_out
+from workbench.model import BuildFailed, HostLacks, Mount, Settings, count, project_name
 
 _UV = f"{IN}/uv"
 _UV_CACHE = f"{IN}/uv-cache"
@@ -126,7 +126,7 @@ class Python:
         below = {name for name, _ in _pins(read_out(out, "below.txt").decode("utf-8", "replace"))}
         wheels = []
         for entry in found:
-            if normal(entry["name"]) in below:
+            if project_name(entry["name"]) in below:
                 continue
             wheels.append(self._choose(entry, site) or self._build(site, entry, host))
         tool = next((self._choose(entry, site) for entry in _entries(out, "pylock.tool.toml")), None)
@@ -185,7 +185,7 @@ class Python:
             number = min((rank.get(tag, len(order)) for tag in tags), default=len(order))
             if best is None or number < best[0]:
                 sha256 = wheel.get("hashes", {}).get("sha256", "")
-                made = Wheel(normal(entry["name"]), entry["version"], file, sha256, int(wheel.get("size", 0)))
+                made = Wheel(project_name(entry["name"]), entry["version"], file, sha256, int(wheel.get("size", 0)))
                 best = number, made, wheel["url"]
         if best is None:
             return None
@@ -198,7 +198,7 @@ class Python:
     def _build(self, site: Site, entry: Mapping[str, Any], uv: str) -> Wheel:
         """A wheel from a source distribution, built by what that asks for itself."""
         sdist = entry.get("sdist")
-        name, version = normal(entry["name"]), entry.get("version", "")
+        name, version = project_name(entry["name"]), entry.get("version", "")
         if not sdist:
             raise BuildFailed("build a Python package", f"{name} has neither a wheel nor a source archive")
         file = sdist.get("name") or _file_name(sdist["url"])
@@ -316,7 +316,7 @@ def _requires(out: Path, name: str) -> list[int]:
 
 
 def _pins(text: str) -> list[tuple[str, str]]:
-    return [(normal(name), version) for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)]
+    return [(project_name(name), version) for name, version in re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)]
 
 
 def _as_pylock(wheels: Iterable[Wheel]) -> str:

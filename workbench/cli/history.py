@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.cli import show
 from workbench.cli.commands import Get
-from workbench.model import InvalidInput, format_size
+from workbench.model import InvalidInput, count, format_size
 
 if TYPE_CHECKING:
     from workbench.history.diff import Diff
     from workbench.history.log import Entry
+    from workbench.model import Image
     from workbench.workbench import Workbench
 
 _SHOWN = 20  # files that a person is shown before it is only counted
@@ -26,8 +27,8 @@ def snapshot(bench: Workbench, options: Any, kernelspecs: Get) -> int:
         container, message=options.message or "", author=options.author or "", name=options.tag or "",
         look_only=options.dry_run,
     )  # fmt: skip
-    if taken.image is not None and taken.image.kernel is not None:
-        kernelspecs().write(taken.ref, taken.image)
+    if taken.image is not None:
+        _show_in_launcher(kernelspecs, taken.ref, taken.image)
     if options.json:
         row = asdict(taken) | {"image": taken.image.id if taken.image else None}
         show.as_json(row)
@@ -36,13 +37,18 @@ def snapshot(bench: Workbench, options: Any, kernelspecs: Get) -> int:
             print(f"/{path}")
         for path in taken.skipped:
             print(f"left out: /{path}")
-        print(f"{_count(taken.changes, 'change')}, {format_size(taken.size)}")
+        print(f"{count(taken.changes, 'change')}, {format_size(taken.size)}")
     elif taken.image is None:
         show.error(f"nothing has changed since {taken.parent[7:19]}")
     else:
         print(f"[{taken.ref} {taken.image.id[7:19]}] {options.message.strip().splitlines()[0]}")
-        print(f" {_count(taken.changes, 'change')}, {format_size(taken.size)}; paused for {taken.paused * 1e3:.0f} ms")
+        print(f" {count(taken.changes, 'change')}, {format_size(taken.size)}; paused for {taken.paused * 1e3:.0f} ms")
     return int(taken.image is None and not options.dry_run)
+
+
+def _show_in_launcher(kernelspecs: Get, name: str, image: Image) -> None:
+    if image.kernel is not None:
+        kernelspecs().write(name, image)
 
 
 def _the_only(bench: Workbench) -> str:
@@ -129,7 +135,7 @@ def _print(found: Diff, options: Any) -> None:
         kinds = {kind: sum(row.kind == kind for row in found.files) for kind in "AMD"}
         grown = sum(row.after - row.before for row in found.files)
         sign = "+" if grown >= 0 else "-"
-        print(f"{_count(len(found.files), 'file')}: {kinds['A']} added, {kinds['M']} modified, {kinds['D']} deleted; "
+        print(f"{count(len(found.files), 'file')}: {kinds['A']} added, {kinds['M']} modified, {kinds['D']} deleted; "
               f"{sign}{format_size(abs(grown))}")  # fmt: skip
     if not found.files and not found.packages:
         print("no difference", file=sys.stderr)
@@ -138,8 +144,7 @@ def _print(found: Diff, options: Any) -> None:
 def tag(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     """``tag NAME IMAGE``."""
     image = bench.tag(options.name, options.image, force=options.force)
-    if image.kernel is not None:
-        kernelspecs().write(options.name, image)
+    _show_in_launcher(kernelspecs, options.name, image)
     print(f"{options.name} {image.id[7:19]}")
     return 0
 
@@ -156,8 +161,7 @@ def load(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     from workbench.history import share
 
     name, image = bench.load(options.file, options.name or "", force=options.force)
-    if image.kernel is not None:
-        kernelspecs().write(name, image)
+    _show_in_launcher(kernelspecs, name, image)
     print(f"{name} {image.id}")
     for file, data in share.along(options.file).items():
         try:
@@ -167,7 +171,3 @@ def load(bench: Workbench, options: Any, kernelspecs: Get) -> int:
         except FileExistsError:
             show.error(f"{file} came along and is here already: it stays as it is")
     return 0
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -12,10 +12,10 @@ import signal
 import socket
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 
 from workbench.containers.relay import Relay, port
 from workbench.linux import syscalls as sc
+from workbench.linux.sockets import bind_private
 
 #: Seconds that clients have to take what a kernel said before its end.
 PATIENCE = 0.5
@@ -59,14 +59,8 @@ class Forward:
 
 
 def _listen(path: str) -> socket.socket:
-    with suppress(FileNotFoundError):
-        os.unlink(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o077)
-    try:
-        listener.bind(path)
-    finally:
-        os.umask(before)
+    bind_private(listener, path)
     listener.listen(128)
     return listener
 
@@ -80,13 +74,7 @@ def _serve(parent: int, target: int, channels: list[tuple[socket.socket, str]], 
             return
         os.close(other)
         sc.setns(target, sc.CLONE_NEWNET)
-        kept = {end, *(listener.fileno() for listener, _ in channels)}
-        first = 3
-        for fd in sorted(kept):
-            if fd > first:
-                sc.close_range(first, fd - 1)
-            first = fd + 1
-        sc.close_range(first)
+        sc.close_all_but(end, *(listener.fileno() for listener, _ in channels))
         relay = Relay(channels, port)
         over = False
 

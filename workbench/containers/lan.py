@@ -27,6 +27,7 @@ from typing import Any
 
 from workbench.containers import links
 from workbench.linux import syscalls as sc
+from workbench.linux.sockets import bind_private
 from workbench.model import HostLacks, LaunchFailed
 
 DEVICE = "lan0"
@@ -41,7 +42,6 @@ _MOST = 1024  # members
 # netdevice(7), linux/if_tun.h
 _TUNSETIFF, _IFF_TAP, _IFF_NO_PI = 0x400454CA, 0x2, 0x1000
 _SIOCSIFADDR, _SIOCSIFNETMASK, _SIOCSIFMTU, _SIOCSIFHWADDR = 0x8916, 0x891C, 0x8922, 0x8924
-_SIOCSIFFLAGS, _IFF_UP = 0x8914, 0x1
 _IPV4, _ARP = b"\x08\x00", b"\x08\x06"
 
 
@@ -82,14 +82,8 @@ def _door(place: int, name: str) -> socket.socket:
         try:
             door.connect(path)
         except (FileNotFoundError, ConnectionRefusedError):
-            with suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=place)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            before = os.umask(0o077)
-            try:
-                listener.bind(path)
-            finally:
-                os.umask(before)
+            bind_private(listener, path)
             listener.listen(64)
             _start(listener, place, name)
             listener.close()
@@ -130,7 +124,7 @@ def _device(address: str, mac: str, mask: str) -> int:
         for request, text in ((_SIOCSIFADDR, address), (_SIOCSIFNETMASK, mask)):
             packed = struct.pack("16sHH4s16x", name, socket.AF_INET, 0, socket.inet_aton(text))
             fcntl.ioctl(sock, request, packed)
-        fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sh22x", name, _IFF_UP))
+    links.bring_up(DEVICE)
     return tap
 
 
@@ -146,22 +140,18 @@ def _start(listener: socket.socket, place: int, name: str) -> None:
     try:
         os.setsid()
         if os.fork() == 0:
+            # The lock is that of an open file: with the helper's, it would hold what the helper holds.
+            own = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             null = os.open("/dev/null", os.O_RDWR)
-            kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in (listener.detach(), place)]
             for number in range(3):
                 os.dup2(null, number)
-            for number, fd in enumerate(kept, start=3):
-                os.dup2(fd, number, inheritable=False)
-            sc.close_range(5)
+            sc.close_all_but(listener.fileno(), own)
             for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(ignored, signal.SIG_IGN)
             signal.set_wakeup_fd(-1)
-            # The lock is that of an open file: with the helper's, it would hold what the helper holds.
-            own = os.open("/proc/self/fd/4", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            os.close(4)
             network = _free_range()
             sc.set_capabilities(frozenset())
-            _Switch(socket.socket(fileno=3), own, name, network).serve()
+            _Switch(listener, own, name, network).serve()
     finally:
         os._exit(0)
 
@@ -202,6 +192,7 @@ class _Switch:
         self.buffer = bytearray(_FRAME + 64)
         self.poll = select.epoll()
         self.acts: dict[int, tuple[Any, _Member | None]] = {}
+        self.changed = False  # whether a descriptor's number may mean something else by now
         self._watch(listener.fileno(), self._newcomer, None)
         listener.setblocking(False)
 
@@ -209,10 +200,12 @@ class _Switch:
         """Carry frames; look every now and then whether anybody is left."""
         lonely = time.monotonic()
         while True:
+            self.changed = False
             for fd, _ in self.poll.poll(-1 if self.members else 0.05):
-                act, member = self.acts.get(fd, (None, None))
-                if act:
-                    act(member)
+                act, member = self.acts[fd]
+                act(member)
+                if self.changed:  # what else was ready still is
+                    break
             if self.members:
                 lonely = time.monotonic()
             elif time.monotonic() - lonely >= 0.05 and self._closed():
@@ -233,10 +226,12 @@ class _Switch:
         return False
 
     def _watch(self, fd: int, act: Any, member: _Member | None) -> None:
+        self.changed = True
         self.acts[fd] = act, member
         self.poll.register(fd, select.EPOLLIN)
 
     def _forget(self, fd: int) -> None:
+        self.changed = True
         if self.acts.pop(fd, None):
             self.poll.unregister(fd)
 

@@ -9,11 +9,13 @@ import errno
 import fcntl
 import os
 import socket
+import struct
 from contextlib import suppress
 from typing import Literal
 
 BRIDGE = "wb0"
 LOCK = "/run/workbench-network.lock"
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
 
 
 class Lock:
@@ -63,6 +65,14 @@ def index(name: str) -> int:
         return socket.if_nametoindex(name)
     except OSError:
         return 0
+
+
+def bring_up(name: str) -> None:
+    """Set a device of this process's network namespace up (netdevice(7)). Raises OSError."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        request = struct.pack("16sh22x", name.encode(), 0)
+        flags = struct.unpack_from("16xh", fcntl.ioctl(sock, _SIOCGIFFLAGS, request))[0]
+        fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sh22x", name.encode(), flags | _IFF_UP))
 
 
 def ports() -> list[str]:

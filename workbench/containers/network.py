@@ -16,7 +16,6 @@ import math
 import os
 import signal
 import socket
-import struct
 import sys
 import time
 from contextlib import suppress
@@ -38,7 +37,6 @@ _MODULES = "modprobe veth bridge nf_tables nft_masq nft_ct nft_reject_ipv4, or c
 _TIMEOUT = 60.0  # seconds for the worker's answer
 _PATIENCE = 2.0  # seconds that a worker which was preloaded waits for its first container
 _LINGER = 0.5  # seconds until what the last container leaves is removed, while its helper lives
-_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
 
 
 class Attachment:
@@ -68,10 +66,7 @@ def files(kind: Network, *, rootful: bool, hostname: str) -> tuple[tuple[str, st
 
 def loopback_up() -> None:
     """Bring lo up in the network namespace that this process is in (netdevice(7)). Raises OSError."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        request = struct.pack("16sh22x", b"lo", 0)
-        flags = struct.unpack_from("16xh", fcntl.ioctl(sock, _SIOCGIFFLAGS, request))[0]
-        fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", flags | _IFF_UP))
+    links.bring_up("lo")
 
 
 def preload() -> None:

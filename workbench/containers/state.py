@@ -82,10 +82,13 @@ def load(folder: str) -> dict[str, Any]:
 
 def save(folder: str, state: dict[str, Any], *, durable: bool = False) -> None:
     """Replace the state; ``durable`` waits for the disk (fsync(2))."""
-    path = os.path.join(folder, STATE)
+    _replace(os.path.join(folder, STATE), state, durable)
+
+
+def _replace(path: str, value: dict[str, Any], durable: bool) -> None:
     new = f"{path}.{os.getpid()}"
     with open(new, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(json.dumps(state))  # all at once: dump() is slower
+        file.write(json.dumps(value))  # all at once: dump() is slower
         if durable:
             file.flush()
             os.fsync(file.fileno())
@@ -254,12 +257,7 @@ def load_head(folder: str) -> dict[str, Any]:
 
 def save_head(folder: str, head: dict[str, Any]) -> None:
     """Replace it, durably; an index that it no longer names goes."""
-    new = os.path.join(folder, f".{HEAD}.new")
-    with open(new, "w") as file:
-        json.dump(head, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, os.path.join(folder, HEAD))
+    _replace(os.path.join(folder, HEAD), head, durable=True)
     for path in glob.glob(os.path.join(glob.escape(folder), "index-*.json")):
         if os.path.basename(path) != head["index"]:
             os.unlink(path)

@@ -245,7 +245,7 @@ def run(line: str) -> Any:
         if request["do"] == "help":
             print(_HELP)
             return None
-        asked = dict(request)
+        asked = {key: value for key, value in request.items() if key != "oneline"}  # how it is shown is our own
         value = ask(asked) if os.path.exists(SOCKET) else ask_shell(asked)
         return globals()["show_" + request["do"]](value, request)
     except Refused as refused:

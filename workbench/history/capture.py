@@ -78,7 +78,7 @@ def capture(upper: str, lowers: list[str], out: str, index: str, new_index: str,
         file.flush()
         os.fsync(file.fileno())
     return found | {
-        "changes": len(work.changed), "paths": work.changed[:1000], "skipped": list(work.skipped), "paused": stood,
+        "changes": len(work.changed), "paths": work.changed[:1000], "skipped": sorted(work.skipped), "paused": stood,
     }  # fmt: skip
 
 
@@ -105,10 +105,9 @@ class _Capture:
         self.now: dict[str, list[int]] = {}
         self.wanted: set[str] = set()
         self.changed: list[str] = []
-        self.skipped: dict[str, None] = {}  # in order, each once
+        self.skipped: list[str] = []
         self.removed: dict[str, list[str]] = {}  # by folder, the names that the last snapshot had
         self.links: dict[tuple[int, int], list[str]] = {}
-        self.unchanged_links: set[tuple[int, int]] = set()
         self.newest = 0.0
 
     # First all is looked at
@@ -116,7 +115,7 @@ class _Capture:
     def look(self) -> None:
         """Decide what is written."""
         pending_folders: list[str] = []
-        for raw, at, _, found in self._walk():
+        for raw, at, _, found in walk(self.upper, self._counts):
             path = os.fsdecode(raw)
             self.newest = max(self.newest, found.st_ctime)
             if path:
@@ -128,7 +127,7 @@ class _Capture:
                 self.wanted.update(members)
         self._find_removed(pending_folders)
         self.changed += sorted(self.wanted)
-        for path in [*self.wanted, *self.removed]:  # what leads there
+        for path in [*self.wanted, *(f"{folder}/" for folder in self.removed)]:  # what leads there
             while path:
                 path = path.rpartition("/")[0]
                 self.wanted.add(path)
@@ -136,19 +135,13 @@ class _Capture:
         if 0 < wait <= _TICK:
             time.sleep(wait)
 
-    def _walk(self) -> Iterator[tuple[bytes, int, bytes, os.stat_result]]:
-        """``walk``, without what a rule leaves out."""
-        hidden: set[str] = set()
-        for raw, at, name, found in walk(self.upper):
-            path = os.fsdecode(raw)
-            parent = path.rpartition("/")[0]
-            if path and (parent in hidden or path in self.exact or parent in self.under):
-                if path in self.exact or (parent in self.under and parent not in hidden):
-                    self.skipped[path] = None
-                if stat.S_ISDIR(found.st_mode):
-                    hidden.add(path)
-                continue
-            yield raw, at, name, found
+    def _counts(self, raw: bytes) -> bool:
+        """Whether no rule leaves a path out."""
+        path = os.fsdecode(raw)
+        left_out = path in self.exact or path.rpartition("/")[0] in self.under
+        if left_out:
+            self.skipped.append(path)
+        return not left_out
 
     def _look(self, path: str, at: int, found: os.stat_result) -> None:
         if stat.S_ISSOCK(found.st_mode):
@@ -198,7 +191,7 @@ class _Capture:
             return False  # a folder for what is left out
         if below.found is None or stat.S_IFMT(below.found.st_mode) != stat.S_IFMT(found.st_mode):
             return True
-        return not _same_as_below(raw, at, raw_name, found, below.path)
+        return not _same_as_below(raw, at, raw_name, found, below)
 
     def _same_as_captured(self, raw: bytes, at: int, name: bytes, found: os.stat_result, old: list[int]) -> bool:
         """Against the bytes in the tar of an earlier snapshot; unknown where that is gone."""
@@ -231,33 +224,22 @@ class _Capture:
         """The tar: what is wanted, in the order of every layer."""
         number, start = len(self.tars), 0
         links: dict[tuple[int, int], bytes] = {}
-        for raw, at, name, found in self._walk():
+        for raw, at, name, found in walk(self.upper, lambda raw: os.fsdecode(raw) in self.wanted):
             path = os.fsdecode(raw)
-            if path not in self.wanted and path not in self.removed:
-                continue
-            written = 0
-            for entry, fd in layer.entries(raw, at, name, found, links, {}):
-                if entry.name.endswith(layer.OPAQUE_MARK) and path not in self.hiding:
-                    continue
-                header = tar.header(entry)
-                padding = -entry.size % tar.BLOCK
-                sink.write(header)
-                if entry.size:
-                    sink.content(fd, entry.size, raw)
-                    sink.write(bytes(padding))
-                written += len(header) + entry.size + padding
-                if entry.kind == tar.FOLDER:
-                    seen = self.now.get(path)
-                    if seen:
-                        seen[_TAR:] = [number, start, len(header)]
-            if path in self.now and not stat.S_ISDIR(found.st_mode):
-                self.now[path][_TAR:] = [number, start, written]
+            if path not in self.wanted:  # the root, when nothing is
+                break
+            lengths = [
+                sink.entry(entry, fd, raw) for entry, fd in layer.entries(raw, at, name, found, links, {})
+                if path in self.hiding or not entry.name.endswith(layer.OPAQUE_MARK)
+            ]  # fmt: skip
+            if path in self.now:  # of a folder without its mark
+                length = lengths[0] if stat.S_ISDIR(found.st_mode) else sum(lengths)
+                self.now[path][_TAR:] = [number, start, length]
             for gone in sorted(map(os.fsencode, self.removed.get(path, ()))):
                 folder, slash, gone_name = gone.rpartition(b"/")
-                header = tar.header(tar.Entry(folder + slash + layer.WHITEOUT + gone_name, tar.FILE))
-                sink.write(header)
-                written += len(header)
-            start += written
+                mark = tar.Entry(folder + slash + layer.WHITEOUT + gone_name, tar.FILE)
+                lengths.append(sink.entry(mark, -1, gone))
+            start += sum(lengths)
         sink.write(bytes(2 * tar.BLOCK))
 
 
@@ -297,23 +279,32 @@ def _without_time(header: bytes) -> bytes:
     return tar.header(entry)
 
 
-def _same_as_below(raw: bytes, at: int, name: bytes, found: os.stat_result, lower: str) -> bool:
-    """Whether a copy has changed nothing; of folders their time does not count."""
-    there = os.lstat(lower)
-    folder = stat.S_ISDIR(found.st_mode)
-    if not folder and (there.st_mtime_ns, there.st_size) != (found.st_mtime_ns, found.st_size):
-        return False
-    if found.st_nlink > 1 and not folder:
-        return False
-    parent = os.open(os.path.dirname(lower), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    itself = os.open(lower, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC) if folder else parent
+def shown_pieces(raw: bytes, shown: Shown) -> Iterator[bytes]:
+    """``pieces`` of what a view shows at a path, without a folder's time."""
+    assert shown.found is not None
+    fd = os.open(shown.path if shown.is_folder else os.path.dirname(shown.path), os.O_RDONLY | os.O_DIRECTORY)
     try:
-        ours = pieces(raw, at, name, found, folder_time=folder)
-        theirs = pieces(raw, itself, os.fsencode(os.path.basename(lower)), there, folder_time=folder)
-        return all(a == b for a, b in zip(ours, theirs, strict=True))
+        name = os.fsencode(os.path.basename(shown.path))
+        yield from pieces(raw, fd, name, shown.found, folder_time=shown.is_folder)
+    finally:
+        os.close(fd)
+
+
+def equal(one: Iterable[bytes], other: Iterable[bytes]) -> bool:
+    """Whether two files are the same in all that a layer holds of them, by their ``pieces``."""
+    try:
+        return all(a == b for a, b in zip(one, other, strict=True))
     except ValueError:
         return False
-    finally:
-        os.close(parent)
-        if itself != parent:
-            os.close(itself)
+
+
+def _same_as_below(raw: bytes, at: int, name: bytes, found: os.stat_result, below: Shown) -> bool:
+    """Whether a copy has changed nothing; of folders their time does not count."""
+    assert below.found is not None
+    folder = stat.S_ISDIR(found.st_mode)
+    if not folder:
+        if (below.found.st_mtime_ns, below.found.st_size) != (found.st_mtime_ns, found.st_size):
+            return False
+        if found.st_nlink > 1:
+            return False
+    return equal(pieces(raw, at, name, found, folder_time=folder), shown_pieces(raw, below))

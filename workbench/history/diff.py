@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import stat
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from workbench.history import inventory
-from workbench.history.capture import pieces
+from workbench.history.capture import equal, shown_pieces
 from workbench.images.store import Store
 from workbench.images.tree import walk
 from workbench.images.view import Shown, View, is_opaque
@@ -67,7 +67,7 @@ def compare(one: list[str], other: list[str], shared: int) -> dict[str, Any]:
         for raw, at, _, found in walk(tree):
             path = os.fsdecode(raw)
             if path:
-                look.at(path, everything=_is_folder(found.st_mode) and is_opaque(at))
+                look.at(path, everything=stat.S_ISDIR(found.st_mode) and is_opaque(at))
     before, after = (inventory.packages(view) for view in views)
     packages = [
         (*key[:2], before.get(key, ""), after.get(key, ""), key[2])
@@ -102,7 +102,7 @@ class _Look:
                 self._note("A", path, before, after)
             elif after.found is None:
                 self._note("D", path, before, after)
-            elif not same(path, before, after):
+            elif not equal(*(shown_pieces(os.fsencode(path), side) for side in (before, after))):
                 self._note("M", path, before, after)
 
     def _note(self, kind: Kind, path: str, before: Shown, after: Shown) -> None:
@@ -110,30 +110,5 @@ class _Look:
         self.found[path] = (kind, shown, _size(before), _size(after))
 
 
-def same(path: str, before: Shown, after: Shown) -> bool:
-    """Whether two files are the same in all that a layer holds of them; the times of folders do not count."""
-    streams = [_stream(path, side) for side in (before, after)]
-    try:
-        return all(a == b for a, b in zip(*streams, strict=True))
-    except ValueError:
-        return False
-
-
-def _stream(path: str, side: Shown) -> Iterable[bytes]:
-    assert side.found is not None
-    folder = side.is_folder
-    opened = side.path if folder else os.path.dirname(side.path)
-    fd = os.open(opened, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        name = os.fsencode(os.path.basename(side.path))
-        yield from pieces(os.fsencode(path), fd, name, side.found, folder_time=folder)
-    finally:
-        os.close(fd)
-
-
 def _size(side: Shown) -> int:
     return side.found.st_size if side.found is not None and not side.is_folder else 0
-
-
-def _is_folder(mode: int) -> bool:
-    return mode & 0o170000 == 0o040000

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 
 from workbench.images.view import View
+from workbench.model import project_name
 
 #: kind, name, place -> version
 Packages = dict[tuple[str, str, str], str]
@@ -63,7 +64,7 @@ def _python(view: View, place: str) -> Iterator[tuple[str, str]]:
             continue
         fields = _fields(view.read(metadata))
         if fields.get("Name") and fields.get("Version"):
-            yield re.sub(r"[-_.]+", "-", fields["Name"]).lower(), fields["Version"]
+            yield project_name(fields["Name"]), fields["Version"]
 
 
 def _fields(data: bytes | None) -> dict[str, str]:

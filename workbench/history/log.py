@@ -87,13 +87,14 @@ def entries(store: Store, refs: Refs, image_id: str) -> Iterator[Entry]:
 
 def entry(store: Store, image: Image, names: tuple[str, ...] = ()) -> Entry:
     """What an image says of itself."""
-    last: dict[str, Any] = (store.history(image.id) or [{}])[-1] if image.parent else {}
+    history = store.history(image.id)
+    last: dict[str, Any] = (history or [{}])[-1] if image.parent else {}
     facts = dict(image.labels).get(MACHINE_LABEL, "") if image.parent else ""
     try:
         machine = {str(key): str(value) for key, value in json.loads(facts or "{}").items()}
     except (ValueError, AttributeError):
         machine = {}
-    built = "built from a recipe" if store.history(image.id) else "imported"
+    built = "built from a recipe" if history else "imported"
     return Entry(
         image.id, image.parent, names, str(last.get("author", "")), image.created,
         str(last.get("comment", "")) or built, store.layer_size(image.diff_ids[-1]) if image.diff_ids else 0, machine,

@@ -10,7 +10,7 @@ from pathlib import Path
 from workbench.images import archive, export
 from workbench.images.refs import Refs
 from workbench.images.store import Store
-from workbench.model import Conflict, Image, InvalidInput, NotFound
+from workbench.model import Image, InvalidInput, NotFound
 
 #: A configuration file or a hidden one, dropped beside a user's work, would do something.
 _NOTEBOOK = re.compile(r"\w[\w .()+-]*\.ipynb")
@@ -44,14 +44,10 @@ def load(store: Store, refs: Refs, path: str, name: str = "", *, force: bool = F
     wanted = name or (found[0] if found else "")
     if not wanted:
         raise InvalidInput(f"import {path}", "the archive gives its image no name", "give one: import FILE NAME")
-    refs.check(wanted)
+    refs.find(wanted)  # a name that cannot be one is said before the work
     with store.lease():
         image = archive.load(store, path, found[0] if len(found) > 1 else "")
-        known = refs.all().get(wanted if ":" in wanted else f"{wanted}:latest")
-        if known not in (None, image.id) and not force:
-            obstacle = f"{wanted} is the name of {str(known)[7:19]}"
-            raise Conflict(f"import {path}", obstacle, "give another name, or --force")
-        refs.set(wanted, image.id, f"import: {os.path.basename(path)}")
+        refs.move(wanted, image.id, f"import: {os.path.basename(path)}", force=force)
     return wanted, image
 
 

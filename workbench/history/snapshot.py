@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -66,7 +66,7 @@ def take(
     with _alone(container), store.staging() as staging:
         known, head = container.state, state.load_head(container.folder)
         ref = name or head["ref"] or _own_name(known, refs)
-        refs.check(ref)
+        refs.find(ref)  # a name that cannot be one is said before the work
         parent = store.image(head["image"])
         with store.lease(parent.id):
             out, index = str(staging / "layer.tar"), str(staging / "index.json")
@@ -87,9 +87,7 @@ def take(
             layers = [*head["layers"], found["diff_id"]]
             state.save_head(container.folder, {"image": image.id, "ref": ref, "layers": layers, "index": kept})
             refs.set(ref, image.id, f"snapshot: {message.splitlines()[0]}")
-    return Snapshot(
-        image, parent.id, ref, result.changes, result.size, result.paused, result.paths, result.skipped
-    )  # fmt: skip
+    return replace(result, image=image)
 
 
 def _captured(
@@ -157,7 +155,7 @@ def _own_name(known: dict[str, Any], refs: Refs) -> str:
     label = str(known["labels"].get("image", "")).partition(":")[0]
     base = "snapshot" if not label or label.startswith("sha256") else label
     short = f"{base}-{known['id'][:4]}"
-    return f"{base}-{known['id']}" if f"{short}:latest" in refs.all() else short
+    return short if refs.find(short) is None else f"{base}-{known['id']}"
 
 
 def default_author() -> str:

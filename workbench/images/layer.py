@@ -316,6 +316,15 @@ class Sink:
             left -= len(data)
             self.write(data)
 
+    def entry(self, entry: tar.Entry, fd: int, shown: bytes) -> int:
+        """A header, and the content of an open file where it has some; the bytes that this takes."""
+        header, padding = tar.header(entry), -entry.size % tar.BLOCK
+        self.write(header)
+        if entry.size:
+            self.content(fd, entry.size, shown)
+            self.write(bytes(padding))
+        return len(header) + entry.size + padding
+
     def finish(self) -> dict[str, Any]:
         """All is there: ``diff_id`` and ``size``, durable when this returns."""
         self._flush()
@@ -352,10 +361,7 @@ def pack(tree: str, out_path: str | None = None, clamp: int | None = None) -> di
                 for entry, fd in entries(path, at, name, found, links, owners):
                     if clamp is not None and entry.mtime:
                         entry.mtime = min(entry.mtime // tar.SECOND, clamp) * tar.SECOND
-                    sink.write(tar.header(entry))
-                    if entry.size:
-                        sink.content(fd, entry.size, path)
-                        sink.write(bytes(-entry.size % tar.BLOCK))
+                    sink.entry(entry, fd, path)
             sink.write(bytes(2 * tar.BLOCK))
             return sink.finish()
         finally:

@@ -91,15 +91,23 @@ class Refs:
                     "choose another name",
                 ) from None
 
-    def check(self, name: str) -> None:
-        """Raises InvalidInput for what cannot be a name."""
-        split(name)
+    def find(self, name: str) -> str | None:
+        """The image ID behind a name, None where there is none. Raises InvalidInput for what cannot be a name."""
+        with suppress(NotFound, Corrupt):
+            return self.get(name)
+        return None
+
+    def move(self, name: str, image_id: str, why: str, *, force: bool = False) -> None:
+        """``set`` a name that is nobody's, or this image's already. Raises Conflict for another's, unless ``force``."""
+        known = self.find(name)
+        if known not in (None, image_id) and not force:
+            obstacle = f"{name} is the name of {str(known)[7:19]}"
+            raise Conflict(f"name an image {name}", obstacle, "give another name, or move it with --force")
+        self.set(name, image_id, why)
 
     def _write_down(self, name: str, image_id: str, why: str) -> None:
         """Before the name moves: a line too many says something that was about to be, one too few loses an image."""
-        before = None
-        with suppress(NotFound, Corrupt):
-            before = self.get(name)
+        before = self.find(name)
         path = os.path.join(self._logs, *split(name))
         os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         known = self.log(name)

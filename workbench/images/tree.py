@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from workbench.linux import syscalls as sc
 
@@ -32,8 +32,12 @@ def below(root: int, path: bytes, flags: int) -> int:
     return sc.openat2(root, path or b".", flags, resolve=_INSIDE)
 
 
-def walk(tree: str) -> Iterator[tuple[bytes, int, bytes, os.stat_result]]:
+def walk(
+    tree: str, wanted: Callable[[bytes], bool] = lambda _path: True
+) -> Iterator[tuple[bytes, int, bytes, os.stat_result]]:
     """Every file of a tree in the order of its tar: path, folder, name, lstat(2).
+
+    wanted: whether a path is told, and what is below it; the root always is.
 
     For a folder the descriptor is its own, for others that of the folder they are in; both hold until the
     next step. A folder comes before what is in it: whiteouts, other files, then folders, each sorted by
@@ -53,6 +57,8 @@ def walk(tree: str) -> Iterator[tuple[bytes, int, bytes, os.stat_result]]:
                     for entry in entries:
                         found = entry.stat(follow_symlinks=False)
                         name = os.fsencode(entry.name)
+                        if not wanted(start + name):
+                            continue
                         if stat.S_ISDIR(found.st_mode):
                             folders.append(start + name)
                         else:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from workbench.linux.sockets import bind_private
 from workbench.model import Conflict, InvalidInput, NotFound, WorkbenchError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _PATHS = 1000
 
 _KNOWN: dict[str, dict[str, type]] = {
     "status": {}, "snapshot": {"message": str, "tag": str, "author": str, "dry_run": bool},
-    "log": {"image": str, "number": int, "oneline": bool}, "diff": {"one": str, "other": str, "files": bool},
+    "log": {"image": str, "number": int}, "diff": {"one": str, "other": str, "files": bool},
     "show": {"image": str}, "tag": {"name": str, "image": str},
 }  # fmt: skip
 
@@ -48,14 +49,7 @@ class GuestApi:
 
     def start(self) -> None:
         """Listen; before the container starts, so that the socket becomes its root's. Raises OSError."""
-        path = os.path.join(self.container.run_dir, NAME)
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        before = os.umask(0o077)
-        try:
-            self._listener.bind(path)
-        finally:
-            os.umask(before)
+        bind_private(self._listener, os.path.join(self.container.run_dir, NAME))
         self._listener.listen(4)
         threading.Thread(target=self._serve, name=f"workbench-guest-{self.container.id}", daemon=True).start()
 
@@ -123,7 +117,7 @@ class GuestApi:
                 kernelspecs.write(taken.ref, taken.image)
         return asdict(taken) | {"image": taken.image.id if taken.image else None, "paths": taken.paths[:_PATHS]}
 
-    def do_log(self, image: str = "", number: int | None = None, oneline: bool = False) -> list[dict[str, Any]]:  # noqa: ARG002
+    def do_log(self, image: str = "", number: int | None = None) -> list[dict[str, Any]]:
         """The history of one of its images."""
         entries = [asdict(entry) for entry in self.bench.history(self._own(image))]
         return entries[:number]
@@ -131,10 +125,7 @@ class GuestApi:
     def do_diff(self, one: str = "", other: str = "", files: bool = False) -> dict[str, Any]:
         """Between two of its images; by default from the parent of the last to it."""
         later = self._own(other)
-        image = self.bench.image(later)
-        earlier = self._own(one) if one else image.parent or image.id
-        if one and not other:
-            earlier, later = self._own(one), self._own("")
+        earlier = self._own(one) if one else self.bench.image(later).parent or later
         found = asdict(self.bench.diff(earlier, later))
         return found if files else found | {"files": [row | {"path": ""} for row in found["files"]]}
 
@@ -175,14 +166,13 @@ class GuestApi:
         """Nothing inside moves a name that somebody else has given. Raises Conflict, InvalidInput."""
         from workbench.jupyter import kernelspecs
 
-        self.bench.refs.check(name)
+        named = self.bench.refs.find(name)
         head = self._head()
         own = {entry.id for entry in self.bench.history(head["image"])} - {self.container.image_id}
-        known = self.bench.refs.all()
-        full = name if ":" in name else f"{name}:latest"
         spec = kernelspecs.kernel_name(name)
-        taken = known.get(full) not in {None, *own} or any(
-            kernelspecs.kernel_name(other) == spec and image not in own for other, image in known.items()
+        taken = named not in {None, *own} or any(
+            kernelspecs.kernel_name(other) == spec and image not in own
+            for other, image in self.bench.refs.all().items()
         )
         if taken:
             raise Conflict(f"name an image {name}", "that name is another image's", "choose another name")

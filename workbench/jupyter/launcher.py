@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.containers.relay import Relay, sockets_of
 from workbench.jupyter import connection
+from workbench.linux.sockets import bind_private
 from workbench.model import Exit, InvalidInput, LaunchFailed, WorkbenchError
 
 if TYPE_CHECKING:
@@ -310,7 +311,7 @@ def listen(file: connection.ClientFile) -> list[tuple[socket.socket, str]]:
             if file.transport == "ipc":
                 listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 listeners.append((listener, target))
-                _bind_private(listener, f"{file.ip}-{port}")
+                bind_private(listener, f"{file.ip}-{port}")
             else:
                 if address not in _LOOPBACK:
                     raise InvalidInput(
@@ -331,16 +332,6 @@ def listen(file: connection.ClientFile) -> list[tuple[socket.socket, str]]:
             raise
         raise LaunchFailed(tried, f"{file.ip}, port {port}: {error.strerror or error}") from None
     return listeners
-
-
-def _bind_private(listener: socket.socket, path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    before = os.umask(0o077)
-    try:
-        listener.bind(path)
-    finally:
-        os.umask(before)
 
 
 def _ipc_paths(file: connection.ClientFile) -> list[str]:

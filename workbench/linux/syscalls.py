@@ -241,6 +241,16 @@ def close_range(first: int, last: int = 0x7FFFFFFF) -> None:
     _check(_syscall("close_range", first, last, 0))
 
 
+def close_all_but(*kept: int) -> None:
+    """Close each descriptor from 3 on that is not among these."""
+    first = 3
+    for fd in sorted(set(kept)):
+        if fd > first:
+            close_range(first, fd - 1)
+        first = max(first, fd + 1)
+    close_range(first)
+
+
 def prctl(option: int, value: int = 0) -> int:
     """prctl(2)."""
     zero = ctypes.c_ulong(0)

@@ -170,12 +170,7 @@ def _fork(keep: tuple[int, ...], arguments: list[str]) -> Forked:
         os.chdir("/")
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
-        low = 3
-        for fd in sorted(keep):
-            if fd > low:
-                sc.close_range(low, fd - 1)
-            low = fd + 1
-        sc.close_range(low)
+        sc.close_all_but(*keep)
         environment = _environment()
         os.environ.clear()
         os.environ.update(environment)
