@@ -237,14 +237,15 @@ def test_who_when_and_why(live: Live, workbench: Workbench, image: str) -> None:
     for text in ("told~3", "told@{9}", "told~99999"):
         with pytest.raises(NotFound):
             workbench.image(text)
-    # moved back, and where it was is known still
-    workbench.tag("told", "told~1", force=True)
-    assert workbench.image("told").id == first.image.id and workbench.image("told@{1}").id == second.image.id
-    workbench.gc()
-    assert workbench.image("told@{1}").id == second.image.id
     for wrong in ({"message": " "}, {"message": "x" * 70000}, {"message": "x", "name": "Not A Name"}):
         with pytest.raises(InvalidInput):
             live.snapshot(**wrong)
+    # moved back, and where it was is known still
+    workbench.tag("told", "told~1", force=True)
+    assert workbench.image("told").id == first.image.id and workbench.image("told@{1}").id == second.image.id
+    live.close()  # nothing but the name's log needs it any more
+    workbench.gc()
+    assert workbench.image("told@{1}").id == second.image.id
 
 
 def test_what_lies_between(live: Live, workbench: Workbench, image: str) -> None:
