@@ -107,7 +107,7 @@ def parse_network(text: str) -> Network:
     """The text, if it names a network. Raises InvalidInput."""
     if text in NETWORKS or re.fullmatch(rf"{LAN}[a-z0-9][a-z0-9-]{{0,31}}", text):
         return text
-    obstacle = f"{text!r} is none of {', '.join(NETWORKS)}, {LAN}NAME (small letters, digits, dashes)"
+    obstacle = f"{text!r} is no network: take {', '.join(NETWORKS)} or {LAN}NAME (small letters, digits, dashes)"
     raise InvalidInput("choose a network", obstacle)
 
 
