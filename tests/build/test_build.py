@@ -279,6 +279,19 @@ def test_ctrl_c_ends_the_running_step_and_keeps_the_ones_before(home):
     assert "apt: done in" in said
 
 
+@pytest.mark.parametrize("pause", [0.0, 0.0001, 0.0003, 0.001])
+def test_ctrl_c_pressed_again_and_again_ends_it_too(home, pause):
+    folder = written("impatient", '[[run]]\nscript = "echo Resolved it; sleep 1000"\n')
+    process = start(folder, home)
+    until(process, "run-1: resolved")
+    for _ in range(20):
+        process.send_signal(signal.SIGINT)
+        time.sleep(pause)
+    process.communicate(timeout=20)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert settled(home)
+
+
 # Two quick recipes, so that ten kills take seconds: one up to its Debian packages, one up to Python's.
 POINTS = {
     "apt": ["", "apt: choosing", "apt: reading", r"apt: \d+ Debian", "fetching|apt: reading", "apt: keeping"],

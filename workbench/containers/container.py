@@ -10,18 +10,20 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from workbench.containers import state
 from workbench.containers.client import Answer, HelperClient
 from workbench.containers.spec import ContainerSpec
 from workbench.linux import userns
 from workbench.linux.cgroup import Cgroup, Usage
-from workbench.model import Conflict, Exit, InvalidInput, NotFound, WorkbenchError
+from workbench.model import Conflict, Exit, InvalidInput, NotFound
+
+T = TypeVar("T")
 
 
 def new_id() -> str:
@@ -225,22 +227,17 @@ class Containers:
         The folder stays for the caller, who may run another over the same writable layer. Ctrl-C kills the
         container and is raised again.
         """
-        container: Container | None = None
-        try:
-            with _uninterrupted():  # half made, nobody would take it away again
-                container = self.create(spec, image="", folder=folder)
-                started = container.start(stdio)
-            started.result()
-            return container.exited.result()
-        except BaseException:
-            if container is not None:
-                with suppress(WorkbenchError):
-                    started.result()  # a start that is under way cannot be called back, only ended
-                container.kill()
-                container.exited.result()
-            raise
-        finally:
-            if container is not None:
+        with _Interrupt() as interrupt:
+            container = self.create(spec, image="", folder=folder)
+            try:
+                container.start(stdio).result()  # one that is under way cannot be called back
+                try:
+                    return interrupt.during(container.exited.result)
+                except BaseException:
+                    container.kill()
+                    container.exited.result()
+                    raise
+            finally:
                 state.remove_run_dir(container.run_dir)
                 container._close()
 
@@ -304,23 +301,49 @@ class Containers:
         self.helper.close()
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until this is over, where it would raise KeyboardInterrupt: in the main thread."""
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield
-        return
-    came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if came:
-        raise KeyboardInterrupt
+class _Interrupt:
+    """Ctrl-C raises KeyboardInterrupt once and in ``during`` only; at the end, where it came outside of that.
+
+    People press it twice, and a process whose parent dies with several threads gets PR_SET_PDEATHSIG once for
+    each: what tidies up after the first must not be torn by the second.
+    """
+
+    def __init__(self) -> None:
+        self._came = self._raised = self._armed = False
+        self._mine = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+
+    def _handle(self, *_: object) -> None:
+        self._came = True
+        self._raise_if_armed()
+
+    def _raise_if_armed(self) -> None:
+        if self._armed and self._came:
+            self._armed = False
+            self._raised = True
+            raise KeyboardInterrupt
+
+    def during(self, wait: Callable[[], T]) -> T:
+        """What ``wait`` returns. Raises KeyboardInterrupt."""
+        self._armed = True
+        try:
+            self._raise_if_armed()
+            return wait()
+        finally:
+            self._armed = False
+
+    def __enter__(self) -> _Interrupt:
+        if self._mine:
+            signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._mine:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._came and not self._raised and kind is None:
+            raise KeyboardInterrupt
 
 
 def _alive(maker: Any) -> bool:
