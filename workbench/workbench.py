@@ -206,7 +206,7 @@ class Workbench(LoggingConfigurable):
         names = [name for name, owner in self.refs.all().items() if owner == image_id]
         by_name = [name for name in names if name in (text, f"{text}:latest")]
         going = by_name or names
-        users = [container.id for container in self.containers if container.image_id == image_id]
+        users = [container.id for container in self.containers if image_id in container.images]
         if users and len(going) == len(names):
             raise Conflict(
                 f"remove image {text}", f"container {users[0]} is made from it", f"jupyter workbench rm {users[0]}"
@@ -386,7 +386,7 @@ class Workbench(LoggingConfigurable):
 
         return share.save(self.store, self.refs, self.image(text), text, out, form=form, along=along)
 
-    def load(self, path: str, name: str = "", *, force: bool = False) -> tuple[str, Image]:
+    def load(self, path: str, name: str = "", *, force: bool = False) -> tuple[str, Image, dict[str, bytes]]:
         """Take an image from an archive; see ``history.share.load``."""
         from workbench.history import share
 

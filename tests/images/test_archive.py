@@ -90,6 +90,18 @@ def test_a_layout(tmp_path, store, compress, tar):
         archive.load(store, place, "two")
 
 
+@pytest.mark.parametrize("compress", [gzip.compress, zstd], ids=["gzip", "zstd"])
+def test_compressed_as_a_whole(tmp_path, store, compress):
+    path = tmp_path / "whole"
+    path.write_bytes(compress(packed(layout(tmp_path)).read_bytes()))
+    image = archive.load(store, path)
+    assert (store.layer(image.diff_ids[0]) / "etc" / "hello").read_text() == "hello\n"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(Corrupt, match="it is broken"):
+        archive.load(store, path)
+    assert list((store.home / "tmp").iterdir()) == []
+
+
 def test_the_one_for_this_machine(tmp_path, store):
     assert archive.load(store, layout(tmp_path, platforms=True)).diff_ids
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import websocket
 from jupyter_client.manager import start_new_kernel
 
 from tests.jupyter.clients import argv_kernel, run
@@ -71,6 +72,40 @@ def test_a_notebook_keeps_what_it_installed(server: Server) -> None:
     assert "guest/plots" in other.run("%container status").stdout
     listed = other.run("import os; [name for name in os.listdir('/run/workbench/host')]").text
     assert "guest" in listed
+
+
+def test_the_life_of_a_kernel_and_its_snapshot_is_told(server: Server) -> None:
+    socket = websocket.create_connection(
+        f"ws://127.0.0.1:{server.port}/api/events/subscribe?token={server.token}", timeout=60
+    )
+
+    def told(action: str) -> dict[str, str]:
+        while True:
+            event = json.loads(socket.recv())
+            if "/workbench/" in event["__schema__"]:
+                assert event["action"] == action, event
+                return event
+
+    notebook = Session(server)
+    started = told("started")
+    assert started["kernel"] == notebook.kernel
+    notebook.run("open('/opt/new', 'w').write('x')")
+    notebook.run("%container snapshot -m new -t told/new")
+    taken = told("snapshot")
+    assert taken["name"] == "told/new:latest"
+    notebook.run("%container tag told/other")
+    assert told("tagged")["image"] == taken["image"]
+    notebook.post("restart")
+    told("ended")
+    assert told("started")["container"] == started["container"]
+    assert server.request("/workbench/api/images/told/other", "DELETE")[0] == 200
+    removed = told("removed")
+    assert (removed["name"], removed["image"]) == ("told/other:latest", taken["image"])
+    notebook.close()
+    told("ended")
+    kept = told("kept")
+    assert server.request(f"/workbench/api/containers/{kept['container']}", "DELETE")[0] == 204
+    socket.close()
 
 
 def test_an_editor_that_starts_argv_itself(image: str, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from workbench.build.recipe import Recipe
 from workbench.build.site import Workplace
 from workbench.build.steps import Step, StepFailed, asks_key, image_environment, key
 from workbench.containers.container import Containers
-from workbench.images import config
+from workbench.images import config, sums
 from workbench.images.refs import Refs
 from workbench.images.store import Lease, Store
 from workbench.linux import userns
@@ -206,9 +206,12 @@ class _Build(Workplace):
             if known is None or known.diff_id in ("", locked.diff_id):
                 continue
             tree = str(self.store.layer(locked.diff_id))
-            paths = known.names(userns.call("workbench.images.sums:summary", tree, known.depth))
+            if self.store.has_layer(known.diff_id):
+                paths = userns.call("workbench.images.sums:differing", str(self.store.layer(known.diff_id)), tree)
+            else:
+                paths = known.names(userns.call("workbench.images.sums:summary", tree, list(known.sums)))
             other = f"; built by {locked.builder} here" if locked.builder != known.builder else ""
-            yield f"step {locked.name} differs from the lock in {', '.join(paths)}{other}"
+            yield f"step {locked.name} differs from the lock in {sums.told(paths)}{other}"
 
     def _vendor(self, folder: Path) -> None:
         """All files of the lock, under their own names."""

@@ -95,11 +95,6 @@ class StepLock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return sorted(path or "/" for path in self.sums | sums if self.sums.get(path) != sums.get(path))
 
     @property
-    def depth(self) -> int:
-        """How many parts the paths of ``sums`` have at the most."""
-        return max((path.count("/") + 1 for path in self.sums), default=1)
-
-    @property
     def packages(self) -> tuple[Deb | Wheel, ...]:
         """All that it takes."""
         return (*self.debian, *self.wheels)

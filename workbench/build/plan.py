@@ -15,7 +15,7 @@ from workbench.build.lock import Lock, StepLock
 from workbench.build.recipe import Recipe
 from workbench.build.steps import Step
 from workbench.build.wheels import Python
-from workbench.images import archive
+from workbench.images import archive, sums
 from workbench.images.refs import Refs
 from workbench.images.store import Store
 from workbench.linux import userns
@@ -68,7 +68,7 @@ def compare(store: Store, one: Built, other: Built) -> list[str]:
         if first.diff_id != second.diff_id:
             trees = [str(store.layer(step.diff_id)) for step in (first, second)]
             paths = userns.call("workbench.images.sums:differing", *trees)
-            lines.append(f"step {first.name} gives another layer each time, in {', '.join(paths)}")
+            lines.append(f"step {first.name} gives another layer each time, in {sums.told(paths)}")
     return lines
 
 

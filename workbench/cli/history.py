@@ -158,12 +158,10 @@ def export(bench: Workbench, options: Any, _: Get) -> int:
 
 def load(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     """``import FILE [NAME]``: the image, its kernel, and beside it the files that came along, if none are there."""
-    from workbench.history import share
-
-    name, image = bench.load(options.file, options.name or "", force=options.force)
+    name, image, notebooks = bench.load(options.file, options.name or "", force=options.force)
     _show_in_launcher(kernelspecs, name, image)
     print(f"{name} {image.id}")
-    for file, data in share.along(options.file).items():
+    for file, data in notebooks.items():
         try:
             with open(file, "xb") as out:
                 out.write(data)

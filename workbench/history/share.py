@@ -9,6 +9,7 @@ from pathlib import Path
 
 from workbench.images import archive, export
 from workbench.images.refs import Refs
+from workbench.images.source import opened
 from workbench.images.store import Store
 from workbench.model import Image, InvalidInput, NotFound
 
@@ -35,22 +36,22 @@ def save(
     return export.save(store, image, name, out, form=export.form(form), along=files)
 
 
-def load(store: Store, refs: Refs, path: str, name: str = "", *, force: bool = False) -> tuple[str, Image]:
-    """Take an image from an archive: its name here, and it. name: instead of the archive's own.
+def load(
+    store: Store, refs: Refs, path: str, name: str = "", *, force: bool = False
+) -> tuple[str, Image, dict[str, bytes]]:
+    """Take an image from an archive: its name here, it, and the notebooks that came along, by name.
 
-    Raises Conflict for a name that is another image's, unless ``force``; InvalidInput, Corrupt, HostLacks.
+    name: instead of the archive's own. Raises Conflict for a name that is another image's, unless ``force``;
+    InvalidInput, Corrupt, HostLacks.
     """
-    found = archive.names(path)
-    wanted = name or (found[0] if found else "")
-    if not wanted:
-        raise InvalidInput(f"import {path}", "the archive gives its image no name", "give one: import FILE NAME")
-    refs.find(wanted)  # a name that cannot be one is said before the work
-    with store.lease():
-        image = archive.load(store, path, found[0] if len(found) > 1 else "")
+    with opened(path, store.staging) as source, store.lease():
+        found = archive.names(source)
+        wanted = name or (found[0] if found else "")
+        if not wanted:
+            raise InvalidInput(f"import {path}", "the archive gives its image no name", "give one: import FILE NAME")
+        refs.find(wanted)  # a name that cannot be one is said before the work
+        image = archive.take(store, source, found[0] if len(found) > 1 else "")
         refs.move(wanted, image.id, f"import: {os.path.basename(path)}", force=force)
-    return wanted, image
-
-
-def along(path: str) -> dict[str, bytes]:
-    """The notebooks that came along with an image, by name; whatever else lies there is left there."""
-    return {name: data for name, data in archive.along(path, export.ALONG).items() if _NOTEBOOK.fullmatch(name)}
+        files = archive.along(source, export.ALONG)
+    # Whatever else lies there is left there.
+    return wanted, image, {file: data for file, data in files.items() if _NOTEBOOK.fullmatch(file)}

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from workbench.images import config, files
-from workbench.images.archive import zstd_module
 from workbench.images.files import clear_errors
+from workbench.images.source import zstd_module
 from workbench.images.store import Store
 from workbench.model import Image, InvalidInput, WorkbenchError
 

@@ -1,6 +1,6 @@
 """Builds that a server runs: each in a process of its own, so that it can be cancelled and costs the server nothing.
 
-What they say is kept while the server lives, and emitted as events of ``schema`` (jupyter_events).
+What they say is kept while the server lives, and emitted as events (jupyter_events).
 """
 
 from __future__ import annotations
@@ -12,30 +12,25 @@ import secrets
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
+from workbench.jupyter.events import BUILD, Tell
 from workbench.model import Conflict, InvalidInput, NotFound
 
-SCHEMA = Path(__file__).parent / "events" / "build.yaml"
-SCHEMA_ID = "https://events.jupyter.org/workbench/build/v1"
 #: Lines of one build, and finished builds, that are remembered.
 LINES, KEPT = 2000, 50
 #: Bytes of a line.
 LONGEST = 4096
 
-Emit = Callable[[dict[str, Any]], None]
-
 
 class Build:
     """One build and how it stands. status: ``running``, ``finished``, ``failed`` or ``cancelled``."""
 
-    def __init__(self, recipe: str, emit: Emit) -> None:
+    def __init__(self, recipe: str, tell: Tell) -> None:
         self.id = secrets.token_hex(6)
-        self.recipe, self._emit = recipe, emit
+        self.recipe, self._emit = recipe, tell
         self.status = "running"
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
         self.lines: deque[str] = deque(maxlen=LINES)
@@ -101,14 +96,14 @@ class Build:
                 self._process.send_signal(signal.SIGINT)
 
     def _tell(self, action: str, line: str = "") -> None:
-        self._emit({"build": self.id, "recipe": self.recipe, "action": action, "line": line})
+        self._emit(BUILD, build=self.id, recipe=self.recipe, action=action, line=line)
 
 
 class Builds:
     """The builds of one server."""
 
-    def __init__(self, emit: Emit) -> None:
-        self._emit = emit
+    def __init__(self, tell: Tell) -> None:
+        self._emit = tell
         self._known: dict[str, Build] = {}
 
     def start(self, recipe: str, options: list[str], environ: dict[str, str]) -> Build:

@@ -12,12 +12,12 @@ def load(serverapp: Any) -> None:
     """Add the routes to a Jupyter server (``_load_jupyter_server_extension``)."""
     from jupyter_server.utils import url_path_join
 
-    from workbench.jupyter import builds, handlers, kernelspecs, shared
+    from workbench.jupyter import builds, events, handlers, kernelspecs, shared
 
     web = serverapp.web_app
-    logger = serverapp.event_logger
-    logger.register_event_schema(builds.SCHEMA)
-    web.settings["workbench_builds"] = builds.Builds(lambda data: logger.emit(schema_id=builds.SCHEMA_ID, data=data))
+    events.register(serverapp.event_logger)
+    web.settings["workbench_tell"] = tell = events.teller(serverapp)
+    web.settings["workbench_builds"] = builds.Builds(tell)
     api = url_path_join(web.settings["base_url"], "workbench", "api")
     routes = [*handlers.ROUTES, (r"(?:/.*)?", handlers.NoRoute)]
     web.add_handlers(".*$", [(api + route, handler) for route, handler in routes])

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from workbench.jupyter.events import IMAGE, Tell, nobody
 from workbench.linux.sockets import bind_private
 from workbench.model import Conflict, InvalidInput, NotFound, WorkbenchError
 
@@ -42,8 +43,8 @@ _KNOWN: dict[str, dict[str, type]] = {
 class GuestApi:
     """Serves one container from ``start`` to ``close``, through restarts of its kernel."""
 
-    def __init__(self, bench: Workbench, container: Container) -> None:
-        self.bench, self.container = bench, container
+    def __init__(self, bench: Workbench, container: Container, tell: Tell = nobody) -> None:
+        self.bench, self.container, self._tell = bench, container, tell
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._budget, self._then = _BURST, time.monotonic()
 
@@ -115,6 +116,8 @@ class GuestApi:
         if taken.image is not None and taken.image.kernel is not None:
             with suppress(Conflict):  # the image is there, only its card is not
                 kernelspecs.write(taken.ref, taken.image)
+        if taken.image is not None and not dry_run:
+            self._tell(IMAGE, name=taken.ref, image=taken.image.id, action="snapshot")
         return asdict(taken) | {"image": taken.image.id if taken.image else None, "paths": taken.paths[:_PATHS]}
 
     def do_log(self, image: str = "", number: int | None = None) -> list[dict[str, Any]]:
@@ -144,6 +147,7 @@ class GuestApi:
         made = self.bench.tag(name, self._own(image), force=True)
         if made.kernel is not None:
             kernelspecs.write(name, made)
+        self._tell(IMAGE, name=name, image=made.id, action="tagged")
         return f"{name} {made.id[7:19]}"
 
     # What is its own

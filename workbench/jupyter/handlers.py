@@ -22,7 +22,7 @@ from jupyter_server.base.handlers import APIHandler
 from jupyter_server.utils import ensure_async
 from tornado import web
 
-from workbench.jupyter import kernelspecs, shared
+from workbench.jupyter import events, kernelspecs, shared
 from workbench.jupyter.builds import Builds, recipe_in
 from workbench.jupyter.provisioner import Asked
 from workbench.model import (
@@ -146,13 +146,17 @@ class ImageHandler(_Handler):
     async def delete(self, text: str) -> None:
         """Take the name away (with an ID, all names of that image), and its kernelspec."""
 
-        def remove(bench: Workbench) -> list[str]:
+        def remove(bench: Workbench) -> tuple[str, list[str]]:
+            image = bench.refs.resolve(text)
             names = bench.remove_image(text)
             for name in names:
                 kernelspecs.remove(name)
-            return names
+            return image, names
 
-        self.answer({"names": await self.work(remove)})
+        image, names = await self.work(remove)
+        for name in names:
+            self.settings["workbench_tell"](events.IMAGE, name=name, image=image, action="removed")
+        self.answer({"names": names})
 
 
 class ContainersHandler(_Handler):

@@ -26,7 +26,7 @@ from jupyter_core.utils import ensure_async
 from traitlets import Float, Integer, List, Unicode
 
 from workbench.containers.spec import parse_mount
-from workbench.jupyter import connection, shared
+from workbench.jupyter import connection, events, shared
 from workbench.jupyter.guest_api import GuestApi
 from workbench.model import (
     Conflict,
@@ -75,6 +75,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         self._exit: Exit | None = None
         self._exited: Future[Exit] | None = None
         self._guest: GuestApi | None = None
+        self._tell_event: events.Tell = events.nobody
         self._listener: Listener | None = None
         self._farewell: Future[int] | None = None
         self._shutdown: asyncio.Future[Any] | None = None
@@ -167,7 +168,8 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             forwards=connection.forwards(image.kernel) if image.kernel else (),
             labels={"image": self.image, "kernel": str(self.kernel_id or "")},
         )
-        self._guest = GuestApi(bench, container)
+        self._tell_event = events.teller(self.parent)
+        self._guest = GuestApi(bench, container, self._tell_event)
         self._guest.start()
         spec = container.state["spec"]
         self._cwd = spec["cwd"]
@@ -213,7 +215,13 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             await self._discard()
             raise
         self._has_process = self._has_run = True
+        self._tell(container, "started")
         return self.connection_info
+
+    def _tell(self, container: Container, action: str, reason: str = "") -> None:
+        """To who listens to the server's events."""
+        data = {"kernel": str(self.kernel_id or ""), "image": self.image, "action": action, "reason": reason}
+        self._tell_event(events.CONTAINER, container=container.id, **data)
 
     async def _discard(self) -> None:
         """The kernel could not be started: nothing of it stays, but for changes that an earlier run has made."""
@@ -308,8 +316,10 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         if container is None:
             return
         try:
-            if await asyncio.to_thread(container.settle):
+            kept = await asyncio.to_thread(container.settle)
+            if kept:
                 self.log.info("Container %s is kept, stopped, with its changes", container.id)
+            self._tell(container, "kept" if kept else "removed")
         except Conflict:  # it would not end in the time that it was given
             container.kill()
         except (WorkbenchError, OSError) as error:
@@ -346,6 +356,8 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             text = f"Kernel {end.reason}" if end.asked else f"Kernel died: {end.reason.removeprefix('killed: ')}"
             self.log.log(INFO if end.asked else ERROR, "%s (kernel %s, image %s)", text, self.kernel_id, self.image)
             self._farewell = last_words.instance().say(self._listener, text)
+        if (container := self._container) is not None:
+            self._tell(container, "ended", end.reason)
         self._exit = end
 
     async def _free_sockets(self) -> None:
