@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from traitlets import Bool, CUnicode, Float, Integer, List, TraitError, Unicode, default, validate
@@ -37,8 +37,19 @@ if TYPE_CHECKING:
     from workbench.history.diff import Diff
     from workbench.history.log import Entry
     from workbench.history.snapshot import Snapshot
+    from workbench.history.worktree import Unsaved
     from workbench.images.refs import Refs
     from workbench.images.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Checkout:
+    """What a container is over now. ref: the name that its snapshots move; moved: whether the files are other ones."""
+
+    image: str
+    ref: str
+    moved: bool
+
 
 SUITE_LABEL = "org.jupyter.workbench.suite"
 _GUEST_MODULE = os.path.join(os.path.dirname(os.path.realpath(__file__)), "guest", "magics.py")
@@ -263,25 +274,26 @@ class Workbench(LoggingConfigurable):
         suite = dict(image.labels).get(SUITE_LABEL)
         settings = self.settings(suite)
         granted = parse_network(network) if network else self.network
-        # What an image says at the most is no name of a network: that is for its user to choose.
-        chosen = granted if image.network in (None, "outbound") else narrower(granted, image.network)
         container_id = new_id()
         return spec.ContainerSpec(
             id=container_id,
             argv=tuple(argv or (image.kernel.argv if image.kernel else image.cmd) or ("/bin/sh",)),
             env=spec.environment(image.env, settings, env),
             cwd=own[0].target if own else image.working_dir,
-            # Of a layer that an image names twice only the higher one shows; overlayfs takes each once.
-            layers=tuple(dict.fromkeys(str(self.store.layer(diff_id)) for diff_id in reversed(image.diff_ids))),
+            layers=self._layers(image),
             hostname=container_id,
             mounts=(*shown, *_files(settings)),
             hidden=tuple(hidden),
             fixed=tuple(fixed),
             texts=settings.texts,
             limits=self.limits().stricter(image.limits).stricter(limits or Limits()),
-            network=chosen,
+            network=_reached(granted, image),
             terminal=terminal,
         )
+
+    def _layers(self, image: Image) -> tuple[str, ...]:
+        # Of a layer that an image names twice only the higher one shows; overlayfs takes each once.
+        return tuple(dict.fromkeys(str(self.store.layer(diff_id)) for diff_id in reversed(image.diff_ids)))
 
     def _private(self) -> Iterator[str]:
         """Folders and sockets of the host that no container may see."""
@@ -299,9 +311,7 @@ class Workbench(LoggingConfigurable):
     def describe(self, container: Container) -> str:
         """The launch of a container as a plan, for people."""
         known = spec.ContainerSpec.from_json(container.state["spec"])
-        steps = spec.plan(
-            known, writable=os.path.join(container.folder, "writable"), run_dir=container.run_dir, id_kind="range"
-        )
+        steps = spec.plan(known, writable=os.path.dirname(container.upper), run_dir=container.run_dir, id_kind="range")
         return spec.describe(known, steps)
 
     def ps(self, every: bool = False) -> list[dict[str, Any]]:
@@ -330,10 +340,15 @@ class Workbench(LoggingConfigurable):
         return container
 
     def remove(self, text: str, force: bool = False) -> str:
-        """Remove a container with its changes; its id. Raises Conflict while it runs, unless forced."""
+        """Remove a container with its changes; its id. force: stop it first, and drop what no snapshot holds.
+
+        Without, raises Conflict for either.
+        """
         container = self.container(text)
         if force:
             container.stop(timeout=1.0)
+        elif container.state["status"] != "running":
+            self.unsaved(container.id).refuse(f"remove container {container.id}", "rm --force")
         # An unchanged one goes when it is stopped; who launched it may just be at that.
         with suppress(FileNotFoundError, NotFound) if force else nullcontext():
             if os.path.isdir(container.folder):
@@ -352,15 +367,103 @@ class Workbench(LoggingConfigurable):
 
     def snapshot(
         self, text: str, *, message: str, author: str = "", name: str = "", when: int | None = None,
-        look_only: bool = False,
+        look_only: bool = False, force: bool = False,
     ) -> Snapshot:  # fmt: skip
         """Take a snapshot of a container, by its ID; see ``history.snapshot.take``."""
         from workbench.history import snapshot
 
         return snapshot.take(
             self.store, self.refs, self.container(text), message=message, author=author, name=name, when=when,
-            look_only=look_only,
+            look_only=look_only, force=force,
         )  # fmt: skip
+
+    def unsaved(self, text: str) -> Unsaved:
+        """What of a container no snapshot holds."""
+        from workbench.history import worktree
+
+        return worktree.unsaved(self.store, self.refs, self.container(text))
+
+    def checkout(
+        self, text: str, revision: str = "", *, create: str = "", force: bool = False, argv: Sequence[str] | None = None
+    ) -> Checkout:
+        """Put another environment in the place of what a stopped container has, or only another name to its head.
+
+        revision: what `log` names, "" or HEAD~1 of its last snapshot; a name is followed from then on. create: a new
+        name, followed. force: drop what no snapshot holds. argv: of the other environment. Raises Conflict while it
+        runs (but for a mere name), and for what would be lost; NotFound, InvalidInput.
+        """
+        from workbench.history import worktree
+
+        container = self.container(text)
+        head = container.head
+        image_id, ref = worktree.target(self.refs, self._resolve, revision, head, create)
+        tried = f"check {revision or create or 'HEAD'} out"
+        moved = image_id != head["image"]
+        if moved:
+            how = "" if force else "checkout --force"
+            self._switch(container, image_id, ref, argv, tried, how)
+        if create:
+            self.refs.set(create, image_id, f"branch: created from {revision or 'HEAD'}")
+        if not moved:
+            worktree.follow(container, ref)
+        return Checkout(image_id, ref, moved)
+
+    def reset(
+        self, text: str, revision: str = "", *, hard: bool = False, argv: Sequence[str] | None = None
+    ) -> Checkout:
+        """Start a stopped container anew from its last snapshot, or from another revision, to which its name goes.
+
+        hard: drop what no snapshot holds. argv: as for ``checkout``. Raises as ``checkout`` does.
+        """
+        from workbench.history import worktree
+
+        container = self.container(text)
+        head = container.head
+        image_id, _ = worktree.target(self.refs, self._resolve, revision, head, "")
+        tried = f"reset container {container.id}"
+        self._switch(container, image_id, head["ref"], argv, tried, "" if hard else "reset --hard")
+        if head["ref"] and image_id != head["image"]:
+            self.refs.set(head["ref"], image_id, f"reset: moving to {revision}")
+        return Checkout(image_id, head["ref"], True)
+
+    def _switch(
+        self, container: Container, image_id: str, ref: str, argv: Sequence[str] | None, tried: str, how: str
+    ) -> None:
+        from workbench.history import worktree
+
+        image, before = self.store.image(image_id), self.store.image(container.image_id)
+        worktree.switch(
+            self.store, self.refs, container, image, ref, lambda known: self._over(known, before, image, argv),
+            tried=tried, how=how,
+        )  # fmt: skip
+
+    def _over(self, known: Any, before: Image, image: Image, argv: Sequence[str] | None) -> dict[str, Any]:
+        """The spec of a container over another image, as JSON: nothing that it was refused is granted by that."""
+        old = spec.ContainerSpec.from_json(known)
+        said = set(before.env)
+        env = dict(image.env) | {name: value for name, value in old.env if (name, value) not in said}
+        default = {before.kernel.argv if before.kernel else (), before.cmd}
+        command = argv or (old.argv if old.argv not in default else image.kernel.argv if image.kernel else image.cmd)
+        return replace(
+            old, argv=tuple(command), env=tuple(sorted(env.items())), layers=self._layers(image),
+            texts=self.settings(dict(image.labels).get(SUITE_LABEL)).texts,
+            limits=old.limits.stricter(image.limits), network=_reached(old.network, image),
+        ).to_json()  # fmt: skip
+
+    def branches(self, pattern: str = "") -> list[dict[str, Any]]:
+        """A row for each name with its image, and the containers whose snapshots move it."""
+        from workbench.history import worktree
+
+        heads = {container.id: str(container.head["ref"]) for container in self.containers}
+        return worktree.branches(self.refs, heads, pattern)
+
+    def branch(self, name: str, revision: str, *, force: bool = False) -> Image:
+        """Make a name for a revision, which no container follows yet. Raises Conflict for one that is there."""
+        image = self.image(revision)
+        if not force and self.refs.find(name) is not None:
+            raise Conflict(f"make the branch {name}", "that name is an image's", "take another, or --force")
+        self.refs.set(name, image.id, f"branch: created from {revision}")
+        return image
 
     def history(self, text: str) -> Iterator[Entry]:
         """An image and those that it stands on, the newest first. Raises NotFound, InvalidInput."""
@@ -420,6 +523,11 @@ class Workbench(LoggingConfigurable):
     def close(self) -> None:
         """End the helper and with it every container that this process started."""
         self.containers.close()
+
+
+def _reached(granted: Network, image: Image) -> Network:
+    # What an image says at the most is no name of a network: that is for its user to choose.
+    return granted if image.network in (None, "outbound") else narrower(granted, image.network)
 
 
 def _usage(container: Container, state: Mapping[str, Any]) -> dict[str, Any] | None:

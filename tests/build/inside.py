@@ -13,7 +13,7 @@ def find(folders: list[str], marks: list[str]) -> list[str]:
         for above, names, files in os.walk(folder):
             for name in (*names, *files):
                 path = os.path.join(above, name)
-                texts = [name.encode()]
+                texts = [os.fsencode(name)]
                 if os.path.islink(path):
                     texts.append(os.readlink(path).encode())
                 elif os.path.isfile(path):

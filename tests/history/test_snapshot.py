@@ -166,7 +166,7 @@ def test_a_stopped_container(live: Live, workbench: Workbench) -> None:
     before = live.ask(do="list")
     live.end()
     assert live.container.settle()
-    taken = live.snapshot(name="stopped")
+    taken = live.snapshot(name="history/stopped")
     assert taken.image is not None and taken.paused >= 0
     assert difference(listed(workbench, taken.image), before) == []
 

@@ -56,7 +56,7 @@ class Container:
     @property
     def upper(self) -> str:
         """The host's folder with what was changed."""
-        return os.path.join(self.folder, "writable", "upper")
+        return os.path.join(state.tree(self.folder), "upper")
 
     @property
     def log(self) -> str:
@@ -93,6 +93,10 @@ class Container:
     def image_id(self) -> str:
         """The image that it runs over."""
         return str(state.load(self.folder)["image"])
+
+    def claim(self) -> None:
+        """Take a stopped one for another run by this process, with the same writable layer. Raises Conflict."""
+        self._run_dir, self.held = state.claim(self.folder, _me())
 
     def start(self, stdio: Sequence[int] | None = None) -> Future[None]:
         """Start it, anew after an end with the same writable layer.
@@ -216,7 +220,7 @@ class Containers:
         known = {
             "id": spec.id, "image": image, "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "status": "created", "pid": None, "exit": None, "labels": dict(labels or {}), "spec": spec.to_json(),
-            "maker": [os.getpid(), start_time(os.getpid())],
+            "maker": _me(),
         }  # fmt: skip
         held = state.lay_out(folder, known)
         return Container(folder, self.helper, spec.id, held)
@@ -344,6 +348,10 @@ class _Interrupt:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if self._came and not self._raised and kind is None:
             raise KeyboardInterrupt
+
+
+def _me() -> list[int]:
+    return [os.getpid(), start_time(os.getpid())]
 
 
 def _alive(maker: Any) -> bool:

@@ -151,7 +151,7 @@ class Launcher:
     def _furnish(self, running: Running, run_dir: str) -> None:
         """Root and network of a child that waits, side by side."""
         wanted = running.spec
-        writable = os.path.join(running.folder, "writable")
+        writable = state.tree(running.folder)
         if self.ids.kind == "root":
             own = self.ids.container_root(running.slot)
             for path in (run_dir, os.path.join(run_dir, "host")):

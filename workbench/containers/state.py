@@ -6,8 +6,10 @@
                     lock            held (flock(2)) by the helper while it runs
                     log             what its main process wrote outside of the protocol
                     stop            there when its owner stopped it, until it is started again
-                    head.json       the last snapshot taken of it; index-*.json: what that holds
-                    writable/       upper/ and work/ of the overlay
+                    writable/       upper/ and work/ of the overlay: the working tree, and with it
+                        head.json   the last snapshot taken of it; index-*.json: what that holds
+
+Another environment is checked out by making a ``writable-2/`` beside it, which ``state.json`` then names.
 
 Sockets and connection file are in a folder of their own (``run_dir``), at /run/workbench inside: its path is short
 (``sun_path`` holds 108 bytes, unix(7)) and says nothing about where the user keeps things, for mountinfo shows it.
@@ -32,6 +34,7 @@ from workbench.model import NOT_ENVIRONMENT, Conflict, Exit, NotFound
 STATE = "state.json"
 STOP = "stop"
 HEAD = "head.json"
+TREE = "writable"
 #: What is known of the end of a container that nobody saw.
 KILLED_WITH_ITS_LAUNCHER = {"status": "exited", "pid": None, "exit": asdict(Exit(137, "killed with its launcher"))}
 
@@ -43,16 +46,28 @@ def lay_out(folder: str, state: dict[str, Any]) -> int:
     """
     state["run_dir"], held = make_run_dir(state["id"])
     try:
-        for name in ("", "writable", "writable/upper", "writable/work"):
-            with suppress(FileExistsError):
-                os.mkdir(os.path.join(folder, name), 0o700)
-        os.chmod(os.path.join(folder, "writable/upper"), 0o755)  # its mode becomes that of /
+        with suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        make_tree(os.path.join(folder, TREE))
         save(folder, state)
     except BaseException:
         os.close(held)
         remove_run_dir(state["run_dir"])
         raise
     return held
+
+
+def make_tree(path: str) -> None:
+    """An empty writable layer, or the one that is there."""
+    for name in ("", "upper", "work"):
+        with suppress(FileExistsError):
+            os.mkdir(os.path.join(path, name), 0o700)
+    os.chmod(os.path.join(path, "upper"), 0o755)  # its mode becomes that of /
+
+
+def tree(folder: str) -> str:
+    """The writable layer of a container: a folder with ``upper`` and ``work``."""
+    return os.path.join(folder, str(load(folder).get("tree", TREE)))
 
 
 def is_abandoned(folder: str) -> bool:
@@ -143,7 +158,7 @@ def settle(folder: str) -> bool:
     Runs in B, where a container's files can be read whoever owns them.
     """
     state = load(folder)
-    upper = os.path.join(folder, "writable", "upper")
+    upper = os.path.join(folder, state.get("tree", TREE), "upper")
     if not has_changes(upper, state["spec"]["layers"]):
         remove(folder)
         return False
@@ -151,6 +166,25 @@ def settle(folder: str) -> bool:
     remove_run_dir(state["run_dir"])
     save(folder, state | {"status": "exited", "maker": None}, durable=True)
     return True
+
+
+def claim(folder: str, maker: list[int]) -> tuple[str, int]:
+    """Take a stopped container for another run: its new run folder, and a descriptor that holds that.
+
+    maker: pid and start time of the process that has it from now on. Raises Conflict while it runs, or when somebody
+    else is at it.
+    """
+    held = hold(folder)
+    try:
+        known = load(folder)
+        if known.get("maker") not in (None, maker):
+            raise Conflict(f"use container {known['id']}", "another process is starting it", "try again")
+        run_dir, fd = make_run_dir(known["id"])
+        now = {"status": "created", "run_dir": run_dir, "maker": maker, "exit": None, "pid": None}
+        save(folder, known | now)
+        return run_dir, fd
+    finally:
+        os.close(held)
 
 
 def remove(folder: str) -> None:
@@ -245,20 +279,23 @@ def remove_run_dir(run_dir: str) -> None:
 def load_head(folder: str) -> dict[str, Any]:
     """The last snapshot: ``image``, ``ref``, ``layers`` (of its snapshots, the oldest first) and the ``index``'s name.
 
-    Before the first the image that it runs over, and no index.
+    ``made``: the snapshots that were ever taken of this container. Before the first the image that it runs over,
+    and no index.
     """
+    known = load(folder)
+    empty = {"image": known["image"], "ref": "", "layers": [], "index": "", "made": []}
     try:
-        with open(os.path.join(folder, HEAD)) as file:
+        with open(os.path.join(folder, known.get("tree", TREE), HEAD)) as file:
             found: dict[str, Any] = json.load(file)
-            return found
+            return empty | found
     except FileNotFoundError:
-        return {"image": load(folder)["image"], "ref": "", "layers": [], "index": ""}
+        return empty
 
 
-def save_head(folder: str, head: dict[str, Any]) -> None:
-    """Replace it, durably; an index that it no longer names goes."""
-    _replace(os.path.join(folder, HEAD), head, durable=True)
-    for path in glob.glob(os.path.join(glob.escape(folder), "index-*.json")):
+def save_head(tree: str, head: dict[str, Any]) -> None:
+    """Replace that of a writable layer, durably; an index that it no longer names goes."""
+    _replace(os.path.join(tree, HEAD), head, durable=True)
+    for path in glob.glob(os.path.join(glob.escape(tree), "index-*.json")):
         if os.path.basename(path) != head["index"]:
             os.unlink(path)
 

@@ -44,7 +44,7 @@ def capture(upper: str, lowers: list[str], out: str, index: str, new_index: str,
     of the container's guard (``pause``), or -1 for one that does not run; the tars of its earlier snapshots, in the
     index's order.
     Returns ``diff_id``, ``size`` (bytes of the tar), ``changes`` (number of entries but folders that only lead
-    there), ``paths`` (the first thousand), ``skipped`` (what a rule left out) and ``paused`` (seconds). Raises
+    there), ``paths`` (the first 50,000), ``skipped`` (what a rule left out) and ``paused`` (seconds). Raises
     InvalidInput for what no layer may hold, Conflict, HostLacks without space.
     """
     rules, guard, tars = rest
@@ -78,7 +78,7 @@ def capture(upper: str, lowers: list[str], out: str, index: str, new_index: str,
         file.flush()
         os.fsync(file.fileno())
     return found | {
-        "changes": len(work.changed), "paths": work.changed[:1000], "skipped": sorted(work.skipped), "paused": stood,
+        "changes": len(work.changed), "paths": work.changed[:50_000], "skipped": sorted(work.skipped), "paused": stood,
     }  # fmt: skip
 
 

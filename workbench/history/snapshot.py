@@ -26,7 +26,7 @@ from workbench.images import config
 from workbench.images.refs import Refs
 from workbench.images.store import Store
 from workbench.linux import userns
-from workbench.model import CREDENTIALS, NOT_ENVIRONMENT, Conflict, Image, InvalidInput, NotFound
+from workbench.model import CREDENTIALS, NOT_ENVIRONMENT, Conflict, Image, InvalidInput, NotFound, WorkbenchError
 
 MACHINE_LABEL = "org.jupyter.workbench.machine"
 _LONGEST = 64 << 10  # characters of a message
@@ -37,7 +37,7 @@ RULES = (*NOT_ENVIRONMENT, *CREDENTIALS)
 class Snapshot:
     """What was taken. image: None when nothing had changed, or for a look only; ref: the name that points at it now.
 
-    changes: number of files and folders; paths: up to a thousand of them; skipped: what a rule left out; size: bytes
+    changes: number of files and folders; paths: up to 50,000 of them; skipped: what a rule left out; size: bytes
     of the layer as a tar; paused: seconds that the container stood still.
     """
 
@@ -53,21 +53,22 @@ class Snapshot:
 
 def take(
     store: Store, refs: Refs, container: Container, *, message: str, author: str = "", name: str = "",
-    when: int | None = None, look_only: bool = False,
+    when: int | None = None, look_only: bool = False, force: bool = False,
 ) -> Snapshot:  # fmt: skip
     """Take one of a container, running or not; it goes on, over the same layers.
 
     author: ``Name <address>``, by default Git's (``default_author``); name: the ref to point at it from now on, by
     default the one that its last snapshot has; when: seconds since 1970, by default now; look_only: only say what
-    would be taken. Raises Conflict when the container ends meanwhile, InvalidInput, NotFound, HostLacks without space.
+    would be taken. Raises Conflict when the container ends meanwhile, and when the ref has gone elsewhere, unless
+    ``force``; InvalidInput, NotFound, HostLacks without space.
     """
     tried = f"take a snapshot of container {container.id}"
     author, message = _checked(author or default_author(), message if not look_only else message or "look")
-    with _alone(container), store.staging() as staging:
+    with alone(container), store.staging() as staging:
         known, head = container.state, state.load_head(container.folder)
         ref = name or head["ref"] or _own_name(known, refs)
-        refs.find(ref)  # a name that cannot be one is said before the work
         parent = store.image(head["image"])
+        refs.find(ref)  # a name that cannot be one is said before the work
         with store.lease(parent.id):
             out, index = str(staging / "layer.tar"), str(staging / "index.json")
             try:
@@ -82,12 +83,33 @@ def take(
                 return result
             store.adopt_tar(out, found["diff_id"], found["size"])
             image = store.add_image(_config(store, parent, found["diff_id"], message, author, when))
+            if not force:
+                _check_forward(store, refs, ref, image)
             kept = f"index-{image.id[7:19]}.json"
-            os.replace(index, os.path.join(container.folder, kept))
-            layers = [*head["layers"], found["diff_id"]]
-            state.save_head(container.folder, {"image": image.id, "ref": ref, "layers": layers, "index": kept})
+            tree = state.tree(container.folder)
+            os.replace(index, os.path.join(tree, kept))
+            layers, made = [*head["layers"], found["diff_id"]], [*head["made"], image.id]
+            state.save_head(tree, {"image": image.id, "ref": ref, "layers": layers, "index": kept, "made": made})
             refs.set(ref, image.id, f"snapshot: {message.splitlines()[0]}")
     return replace(result, image=image)
+
+
+def _check_forward(store: Store, refs: Refs, ref: str, image: Image) -> None:
+    """A name moves on along its own history, as a branch of Git's does when it is pushed. Raises Conflict."""
+    known = refs.find(ref)
+    if known is None:
+        return
+    at = image.id
+    while known != at:
+        try:
+            at = store.image(at).parent
+        except WorkbenchError:
+            at = ""
+        if not at:
+            raise Conflict(
+                f"move {ref} to the snapshot", f"it stands at {known[7:19]}, which this container does not come from",
+                "give another name with -t NAME",
+            )  # fmt: skip
 
 
 def _captured(
@@ -95,7 +117,7 @@ def _captured(
 ) -> dict[str, Any]:
     """See ``capture.capture``; a container that does not run is kept from being started meanwhile."""
     running = known["status"] == "running"
-    old = os.path.join(container.folder, head["index"]) if head["index"] else ""
+    old = os.path.join(state.tree(container.folder), head["index"]) if head["index"] else ""
     tars = [store.tar(diff_id) or "" for diff_id in head["layers"]]
     with pause.guard(container.id, known["pid"]) if running else _kept_still(container) as guard:
         found: dict[str, Any] = userns.call(
@@ -116,7 +138,7 @@ def _kept_still(container: Container) -> Iterator[int]:
 
 
 @contextmanager
-def _alone(container: Container) -> Iterator[None]:
+def alone(container: Container) -> Iterator[None]:
     """One snapshot of a container at a time; the second waits, and finds what is new since the first."""
     try:
         fd = os.open(container.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
