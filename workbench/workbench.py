@@ -383,69 +383,69 @@ class Workbench(LoggingConfigurable):
 
         return worktree.unsaved(self.store, self.refs, self.container(text))
 
+    def target(self, text: str, revision: str = "", *, create: str = "", follow: bool = True) -> Checkout:
+        """What ``checkout`` of the same arguments would come to. Raises NotFound, InvalidInput, Conflict."""
+        from workbench.history import worktree
+
+        head = self.container(text).head
+        image_id, ref = worktree.target(self.refs, self._resolve, revision, head, create)
+        moved = image_id != head["image"]
+        return Checkout(image_id, ref if create or follow else str(head["ref"]) if not moved else "", moved)
+
     def checkout(
-        self, text: str, revision: str = "", *, create: str = "", force: bool = False, argv: Sequence[str] | None = None
+        self, text: str, revision: str = "", *, create: str = "", force: bool = False, follow: bool = True
     ) -> Checkout:
         """Put another environment in the place of what a stopped container has, or only another name to its head.
 
-        revision: what `log` names, "" or HEAD~1 of its last snapshot; a name is followed from then on. create: a new
-        name, followed. force: drop what no snapshot holds. argv: of the other environment. Raises Conflict while it
-        runs (but for a mere name), and for what would be lost; NotFound, InvalidInput.
+        revision: what `log` names, "" or HEAD~1 of its last snapshot; a name is followed from then on, unless not
+        ``follow``. create: a new name, followed. force: drop what no snapshot holds. Raises Conflict while it runs
+        (but for a mere name), and for what would be lost; NotFound, InvalidInput.
         """
         from workbench.history import worktree
 
         container = self.container(text)
-        head = container.head
-        image_id, ref = worktree.target(self.refs, self._resolve, revision, head, create)
-        tried = f"check {revision or create or 'HEAD'} out"
-        moved = image_id != head["image"]
-        if moved:
-            how = "" if force else "checkout --force"
-            self._switch(container, image_id, ref, argv, tried, how)
+        done = self.target(text, revision, create=create, follow=follow)
+        if done.moved:
+            tried = f"check {revision or create or 'HEAD'} out"
+            self._switch(container, done.image, done.ref, tried, "" if force else "checkout --force")
         if create:
-            self.refs.set(create, image_id, f"branch: created from {revision or 'HEAD'}")
-        if not moved:
-            worktree.follow(container, ref)
-        return Checkout(image_id, ref, moved)
+            self.refs.set(create, done.image, f"branch: created from {revision or 'HEAD'}")
+        if not done.moved:
+            worktree.follow(container, done.ref)
+        return done
 
-    def reset(
-        self, text: str, revision: str = "", *, hard: bool = False, argv: Sequence[str] | None = None
-    ) -> Checkout:
+    def reset(self, text: str, revision: str = "", *, hard: bool = False) -> Checkout:
         """Start a stopped container anew from its last snapshot, or from another revision, to which its name goes.
 
-        hard: drop what no snapshot holds. argv: as for ``checkout``. Raises as ``checkout`` does.
+        hard: drop what no snapshot holds. Raises as ``checkout`` does.
         """
-        from workbench.history import worktree
-
         container = self.container(text)
         head = container.head
-        image_id, _ = worktree.target(self.refs, self._resolve, revision, head, "")
+        image_id = self.target(text, revision, follow=False).image
         tried = f"reset container {container.id}"
-        self._switch(container, image_id, head["ref"], argv, tried, "" if hard else "reset --hard")
+        self._switch(container, image_id, head["ref"], tried, "" if hard else "reset --hard")
         if head["ref"] and image_id != head["image"]:
             self.refs.set(head["ref"], image_id, f"reset: moving to {revision}")
         return Checkout(image_id, head["ref"], True)
 
-    def _switch(
-        self, container: Container, image_id: str, ref: str, argv: Sequence[str] | None, tried: str, how: str
-    ) -> None:
+    def _switch(self, container: Container, image_id: str, ref: str, tried: str, how: str) -> None:
         from workbench.history import worktree
 
         image, before = self.store.image(image_id), self.store.image(container.image_id)
+        if image.kernel != before.kernel:
+            raise Conflict(tried, "its kernel is started in another way", "launch the image by its own name")
         worktree.switch(
-            self.store, self.refs, container, image, ref, lambda known: self._over(known, before, image, argv),
+            self.store, self.refs, container, image, ref, lambda known: self._over(known, before, image),
             tried=tried, how=how,
         )  # fmt: skip
 
-    def _over(self, known: Any, before: Image, image: Image, argv: Sequence[str] | None) -> dict[str, Any]:
+    def _over(self, known: Any, before: Image, image: Image) -> dict[str, Any]:
         """The spec of a container over another image, as JSON: nothing that it was refused is granted by that."""
         old = spec.ContainerSpec.from_json(known)
         said = set(before.env)
         env = dict(image.env) | {name: value for name, value in old.env if (name, value) not in said}
-        default = {before.kernel.argv if before.kernel else (), before.cmd}
-        command = argv or (old.argv if old.argv not in default else image.kernel.argv if image.kernel else image.cmd)
         return replace(
-            old, argv=tuple(command), env=tuple(sorted(env.items())), layers=self._layers(image),
+            old, env=tuple(sorted(env.items())), layers=self._layers(image),
             texts=self.settings(dict(image.labels).get(SUITE_LABEL)).texts,
             limits=old.limits.stricter(image.limits), network=_reached(old.network, image),
         ).to_json()  # fmt: skip

@@ -171,6 +171,15 @@ def test_a_stopped_container(live: Live, workbench: Workbench) -> None:
     assert difference(listed(workbench, taken.image), before) == []
 
 
+def test_stopping_is_no_change(live: Live, workbench: Workbench) -> None:
+    live.ask(do="mutate", seed=3, rounds=20)
+    assert live.snapshot(name="history/running").image is not None
+    live.end()
+    assert live.container.settle()
+    assert live.snapshot(name="history/running").image is None
+    assert not workbench.unsaved(live.container.id)
+
+
 def test_the_same_changes_by_the_same_author_at_the_same_time_are_the_same_image(
     workbench: Workbench, image: str
 ) -> None:

@@ -82,7 +82,7 @@ def test_the_life_of_a_kernel_and_its_snapshot_is_told(server: Server) -> None:
     def told(action: str) -> dict[str, str]:
         while True:
             event = json.loads(socket.recv())
-            if "/workbench/" in event["__schema__"]:
+            if "/workbench/" in event["schema_id"]:
                 assert event["action"] == action, event
                 return event
 
@@ -92,7 +92,7 @@ def test_the_life_of_a_kernel_and_its_snapshot_is_told(server: Server) -> None:
     notebook.run("open('/opt/new', 'w').write('x')")
     notebook.run("%container snapshot -m new -t told/new")
     taken = told("snapshot")
-    assert taken["name"] == "told/new:latest"
+    assert taken["name"] == "told/new"
     notebook.run("%container tag told/other")
     assert told("tagged")["image"] == taken["image"]
     notebook.post("restart")
@@ -100,7 +100,7 @@ def test_the_life_of_a_kernel_and_its_snapshot_is_told(server: Server) -> None:
     assert told("started")["container"] == started["container"]
     assert server.request("/workbench/api/images/told/other", "DELETE")[0] == 200
     removed = told("removed")
-    assert (removed["name"], removed["image"]) == ("told/other:latest", taken["image"])
+    assert (removed["name"], removed["image"]) == ("told/other", taken["image"])
     notebook.close()
     told("ended")
     kept = told("kept")
@@ -213,4 +213,4 @@ def test_what_runs_inside_is_python_3_8(tmp_path: Path) -> None:
 
 def test_every_verb_is_told_of(image: str) -> None:
     verbs = {line.split()[1] for line in magics._HELP.splitlines() if line.startswith("%container ")}
-    assert verbs == {*guest_api._KNOWN, "help"}
+    assert verbs == {*guest_api._KNOWN, "help"} - {"again", "hello"}  # which no user types

@@ -141,7 +141,9 @@ def _stop(parser: argparse.ArgumentParser) -> None:
 
 def _rm(parser: argparse.ArgumentParser) -> None:
     _several(parser, "container")
-    parser.add_argument("--force", "-f", action="store_true", help="stop it first if it runs")
+    parser.add_argument(
+        "--force", "-f", action="store_true", help="stop it first if it runs, and drop what no snapshot holds"
+    )
 
 
 def _snapshot(parser: argparse.ArgumentParser) -> None:
@@ -152,6 +154,30 @@ def _snapshot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-t", "--tag", metavar="NAME", help="point this name at it, and at those that follow")
     parser.add_argument("-a", "--author", metavar="NAME", help="default: user.name and user.email of git")
     parser.add_argument("--dry-run", action="store_true", help="only list what would be taken, and what left out")
+    _json(parser)
+
+
+def _checkout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("container", metavar="CONTAINER", help="by its ID or the beginning of it")
+    parser.add_argument(
+        "image", metavar="IMAGE", nargs="?", help="a name, an ID or a revision; HEAD: its last snapshot"
+    )
+    parser.add_argument("-b", dest="create", metavar="NAME", help="make this name, and move it with its snapshots")
+    parser.add_argument("--force", "-f", action="store_true", help="drop what no snapshot holds")
+    _json(parser)
+
+
+def _reset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("container", metavar="CONTAINER", help="by its ID or the beginning of it")
+    parser.add_argument("image", metavar="IMAGE", nargs="?", help="a name, an ID or a revision (default: HEAD)")
+    parser.add_argument("--hard", action="store_true", help="drop what no snapshot holds")
+    _json(parser)
+
+
+def _branch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", nargs="?", help="a name to make, or what listed names have in them")
+    parser.add_argument("image", metavar="IMAGE", nargs="?", help="what it names: a name, an ID or a revision")
+    parser.add_argument("--force", "-f", action="store_true", help="move the name when there is one")
     _json(parser)
 
 
@@ -252,6 +278,24 @@ COMMANDS: dict[str, Command] = {
         "and files with credentials are left out.",
         (("snapshot 3f2a -m 'add seaborn' -t plots", "the image `plots`, and a kernel wb-plots"),
          ("snapshot 3f2a --dry-run", "what would be taken")),
+    ),
+    "checkout": Command(
+        "put a container over another environment", _checkout, "workbench.cli.worktree:checkout",
+        "Put a stopped container over another environment, with an empty working tree, as\n"
+        "%container checkout does in a running notebook. A name is moved by its snapshots from\n"
+        "then on. What no snapshot holds is named and kept, unless --force drops it.",
+        (("checkout 3f2a plots~1", "the environment before the last snapshot"),
+         ("checkout -b try 3f2a", "its snapshots move `try`; its files stay")),
+    ),
+    "reset": Command(
+        "start a container anew from its last snapshot", _reset, "workbench.cli.worktree:reset",
+        "Empty a stopped container's working tree. With IMAGE the name that its snapshots move\n"
+        "goes there. What no snapshot holds is named and kept, unless --hard drops it.",
+    ),
+    "branch": Command(
+        "list names, or make one", _branch, "workbench.cli.worktree:branch",
+        examples=(("branch", "each name, its image, and the containers whose snapshots move it"),
+                  ("branch try plots~1", "a new name")),
     ),
     "log": Command(
         "show the history of an image", _log, "workbench.cli.history:log",

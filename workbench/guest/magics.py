@@ -13,6 +13,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from typing import Any, Dict
 
 Request = Dict[str, Any]
@@ -27,6 +28,10 @@ _HELP = """\
 %container log [IMAGE] [-n N] [--oneline]
 %container diff [ONE [OTHER]] [--files]
 %container show [IMAGE]
+%container checkout [-f] IMAGE       this kernel anew in that environment (variables go, files of the container too)
+%container checkout -b NAME [IMAGE]  snapshots move NAME from now on
+%container reset [--hard] [IMAGE]    this kernel anew in its last snapshot
+%container branch [NAME [IMAGE]]     names of its snapshots; a new one
 %container tag NAME [IMAGE]
 %container help
 
@@ -64,7 +69,7 @@ def ask(request: Request, path: str = SOCKET) -> Any:
 def ask_shell(request: Request) -> Any:
     """The same of the command line, for a kernel that is in no container. Raises Refused."""
     verb = request.pop("do")
-    if verb in ("snapshot", "status"):
+    if verb in ("snapshot", "status", "checkout", "reset", "branch"):
         raise Refused("this kernel runs in no container: choose one of the images in the launcher")
     image = request.get("image") or ""
     if verb == "diff":
@@ -99,7 +104,8 @@ def parse(line: str) -> Request:
         "snapshot": ({"-m": "message", "--message": "message", "-t": "tag", "--tag": "tag", "-a": "author",
                       "--author": "author"}, {"--dry-run": "dry_run"}, 0),
         "log": ({"-n": "number"}, {"--oneline": "oneline"}, 1), "diff": ({}, {"--files": "files"}, 2),
-        "tag": ({}, {}, 2),
+        "tag": ({}, {}, 2), "branch": ({}, {}, 2), "reset": ({}, {"--hard": "hard"}, 1),
+        "checkout": ({"-b": "create"}, {"-f": "force", "--force": "force"}, 1),
     }  # fmt: skip
     if verb not in known:
         raise Refused("{!r} is no verb of %container; it knows {}".format(verb, ", ".join(sorted(known))))
@@ -120,10 +126,12 @@ def parse(line: str) -> Request:
             plain.append(word)
     if len(plain) > most:
         raise Refused(f"%container {verb} takes no {plain[most]!r}")
-    names = {"show": ["image"], "log": ["image"], "diff": ["one", "other"], "tag": ["name", "image"]}.get(verb, [])
+    names = {"diff": ["one", "other"], "tag": ["name", "image"], "branch": ["name", "image"]}.get(verb, ["image"])
     request.update(zip(names, plain))
     if verb == "tag" and not plain:
         raise Refused("%container tag wants a NAME")
+    if verb == "checkout" and not {"image", "create"} & set(request):
+        raise Refused("%container checkout wants an IMAGE, or -b NAME")
     if "number" in request:
         if not request["number"].isdigit():
             raise Refused("-n wants a number")
@@ -238,6 +246,88 @@ def show_tag(value: Any, _request: Request) -> None:
     print(value)
 
 
+def show_branch(value: Any, _request: Request) -> None:
+    """As git-branch(1): a star before the one that snapshots move."""
+    for row in value:
+        print("{} {} {}".format("*" if row["current"] else " ", row["name"], row["image"][7:19]))
+
+
+def show_checkout(value: Any, _request: Request) -> None:
+    """What the container is over now; the kernel ends here where that takes another one."""
+    name = " ({})".format(value["ref"]) if value.get("ref") else ""
+    if not value["again"]:
+        print(
+            "snapshots move {} from now on".format(value["ref"]) if name else "detached: the next snapshot gets a name"
+        )
+        return
+    print("the kernel starts anew; its variables are gone")
+    sys.stdout.flush()
+    ask({"do": "again", "reply": _unanswered()})
+    time.sleep(_PATIENCE)  # in which this process ends, and its successor answers for it
+    raise Refused("the kernel was not started again; the log of its launcher says why")
+
+
+show_reset = show_checkout
+
+
+# --- one kernel after the other --------------------------------------------------------------------------------
+
+
+def _kernel() -> Any:
+    from IPython import get_ipython
+
+    return getattr(get_ipython(), "kernel", None)
+
+
+def _unanswered() -> dict[str, Any]:
+    """The request that this cell came with, for the kernel that follows to answer: a client waits for that."""
+    kernel = _kernel()
+    try:
+        parent = kernel.get_parent("shell")
+        find = getattr(kernel, "_get_shell_context_var", None)  # ipykernel 7
+        idents = find(kernel._shell_parent_ident) if find else kernel._parent_ident["shell"]
+        header = json.loads(json.dumps(parent["header"], default=str))
+        return {"header": header, "idents": [bytes(ident).hex() for ident in idents]}
+    except (AttributeError, KeyError, TypeError, LookupError):  # a kernel of another make: its client has to look
+        return {}
+
+
+def _answer(kernel: Any, reply: dict[str, Any], notice: str) -> None:
+    """Answer the request that the kernel before this one could not."""
+    parent, idents = {"header": reply["header"]}, [bytes.fromhex(ident) for ident in reply["idents"]]
+    thread = getattr(kernel, "shell_channel_thread", None)
+    channel = thread.manager.get_subshell_to_shell_channel_socket(None) if thread else kernel.shell_stream
+    content = {"status": "ok", "execution_count": 0, "payload": [], "user_expressions": {}}
+    said = [("stream", {"name": "stdout", "text": notice + "\n"}), ("status", {"execution_state": "idle"})]
+    if not notice:
+        del said[0]
+    kernel.session.send(channel, "execute_reply", content, parent=parent, ident=idents)
+    for kind, value in said:
+        kernel.session.send(kernel.iopub_socket, kind, value, parent=parent, ident=kernel._topic(kind))
+
+
+def _greet(shell: Any) -> None:
+    """Say what the launcher of this kernel has to tell, and answer for the kernel before."""
+    try:
+        hello = ask({"do": "hello"})
+    except Refused:
+        return
+    kernel = getattr(shell, "kernel", None)
+    if hello["reply"] and kernel is not None:
+        from tornado.ioloop import IOLoop
+
+        # Clients look for their kernel some ten times a second; what is sent before they have found it is lost.
+        for seconds, notice in ((0.4, hello["notice"]), (1.5, "")):
+            IOLoop.current().call_later(seconds, _answer, kernel, hello["reply"], notice)
+    elif hello["notice"]:
+
+        def say(*_: Any) -> None:
+            shell.events.unregister("pre_run_cell", say)
+            print("%container: " + hello["notice"], file=sys.stderr)
+
+        shell.events.register("pre_run_cell", say)
+
+
 def run(line: str) -> Any:
     """What ``%container LINE`` does; what a cell shows as its value, if anything."""
     try:
@@ -256,3 +346,5 @@ def run(line: str) -> Any:
 def load_ipython_extension(shell: Any) -> None:
     """Add ``%container`` to an IPython."""
     shell.register_magic_function(run, "line", "container")
+    if os.path.exists(SOCKET):
+        _greet(shell)

@@ -214,6 +214,8 @@ class _Capture:
         present = set(folders)
         for path, old in self.before.items():
             parent = path.rpartition("/")[0]
+            if path in self.under:  # /tmp of a container that was stopped
+                continue
             if path not in self.now and parent in present and parent not in self.fresh and not _was_whiteout(old):
                 self.removed.setdefault(parent, []).append(path)
                 self.changed.append(path)

@@ -115,13 +115,11 @@ def target(refs: Refs, resolve: Callable[[str], str], text: str, head: dict[str,
     text: a revision, "" or one that begins with HEAD for the container's last snapshot. create: a name to make.
     Raises NotFound, InvalidInput; Conflict for a name to make that is there.
     """
+    image = _revision(resolve, text, head)
     if create:
         if refs.find(create) is not None:
-            raise Conflict(
-                f"make the branch {create}", "that name is an image's", f"check {create} out, or another name"
-            )
-        return _revision(resolve, text, head), create
-    image = _revision(resolve, text, head)
+            raise Conflict(f"make the branch {create}", "there is such a name", f"check {create} out instead")
+        return image, create
     with suppress(InvalidInput):
         if refs.find(text) == image:
             return image, text

@@ -12,9 +12,10 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from workbench.jupyter.events import IMAGE, Tell, nobody
@@ -23,7 +24,8 @@ from workbench.model import Conflict, InvalidInput, NotFound, WorkbenchError
 
 if TYPE_CHECKING:
     from workbench.containers.container import Container
-    from workbench.workbench import Workbench
+    from workbench.history.log import Entry
+    from workbench.workbench import Checkout, Workbench
 
 #: In the run folder; inside it is /run/workbench/api.
 NAME = "api"
@@ -36,15 +38,28 @@ _PATHS = 1000
 _KNOWN: dict[str, dict[str, type]] = {
     "status": {}, "snapshot": {"message": str, "tag": str, "author": str, "dry_run": bool},
     "log": {"image": str, "number": int}, "diff": {"one": str, "other": str, "files": bool},
-    "show": {"image": str}, "tag": {"name": str, "image": str},
+    "show": {"image": str}, "tag": {"name": str, "image": str}, "branch": {"name": str, "image": str},
+    "checkout": {"image": str, "create": str, "force": bool}, "reset": {"image": str, "hard": bool},
+    "again": {"reply": dict}, "hello": {},
 }  # fmt: skip
+
+
+#: Puts another environment in the place of a container's. Raises Conflict while it runs, and the other named errors.
+Wish = Callable[[], "Checkout"]
 
 
 class GuestApi:
     """Serves one container from ``start`` to ``close``, through restarts of its kernel."""
 
-    def __init__(self, bench: Workbench, container: Container, tell: Tell = nobody) -> None:
-        self.bench, self.container, self._tell = bench, container, tell
+    def __init__(
+        self, bench: Workbench, container: Container, restart: Callable[[Callable[[], None]], None], tell: Tell = nobody
+    ) -> None:
+        """restart: ends the kernel, calls what it is given and starts it anew; returns at once."""
+        self.bench, self.container, self._restart, self._tell = bench, container, restart, tell
+        self._wish: Wish | None = None
+        #: What the next kernel is to say first, and the request that it answers for the one before.
+        self.notice = ""
+        self._reply: dict[str, Any] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._budget, self._then = _BURST, time.monotonic()
 
@@ -150,6 +165,65 @@ class GuestApi:
         self._tell(IMAGE, name=name, image=made.id, action="tagged")
         return f"{name} {made.id[7:19]}"
 
+    def do_branch(self, name: str = "", image: str = "") -> list[dict[str, Any]]:
+        """Its own names, the one that its snapshots move marked; before that a new one, if ``name`` says so."""
+        if name:
+            self._allow(name)
+            self.bench.branch(name, self._own(image))
+        head, own = self._head(), {entry.id for entry in self._all()}
+        return [
+            {"name": row["name"], "image": row["image"], "current": self.container.id in row["containers"]}
+            for row in self.bench.branches() if row["image"] in own or row["name"] == head["ref"]
+        ]  # fmt: skip
+
+    def do_checkout(self, image: str = "", create: str = "", force: bool = False) -> dict[str, Any]:
+        """Another of its images, or a name for its last one. ``again`` follows where the kernel must be another."""
+        self._own_revision(image)
+        if create:
+            self._allow(create)
+        options: dict[str, Any] = {"create": create, "follow": self._is_mine(image)}
+        target = self.bench.target(self.container.id, image, **options)
+        act = partial(self.bench.checkout, self.container.id, image, force=force, **options)
+        return self._begin(act, target.moved, "" if force else "%container checkout --force")
+
+    def do_reset(self, image: str = "", hard: bool = False) -> dict[str, Any]:
+        """Its last snapshot anew, or another of its images."""
+        self._own_revision(image)
+        act = partial(self.bench.reset, self.container.id, image, hard=hard)
+        return self._begin(act, True, "" if hard else "%container reset --hard")
+
+    def _begin(self, wish: Wish, moved: bool, how: str) -> dict[str, Any]:
+        """Do at once what a running container allows, else wait for ``again``. how: what drops what would be lost."""
+        if not moved:
+            return asdict(wish()) | {"again": False}
+        if how:
+            self.bench.unsaved(self.container.id).refuse("change the environment", how)
+        self._wish = wish
+        return {"again": True}
+
+    def do_again(self, reply: dict[str, Any] | None = None) -> bool:
+        """Start the kernel anew in what was checked out; it answers the request ``reply`` in this one's place."""
+        wish, self._wish = self._wish, None
+        if wish is None:
+            raise Conflict("start the kernel anew", "nothing was checked out", "see %container help")
+        self._reply = reply or {}
+
+        def again() -> None:
+            try:
+                done = wish()
+                self.notice = f"now in {done.image[7:19]}" + (f" ({done.ref})" if done.ref else "")
+            except WorkbenchError as error:  # it has changed since it was asked
+                self.notice = str(error)
+
+        self._restart(again)
+        return True
+
+    def do_hello(self) -> dict[str, Any]:
+        """What a kernel that has just started is to say."""
+        notice, reply = self.notice, self._reply
+        self.notice, self._reply = "", {}
+        return {"notice": notice, "reply": reply}
+
     # What is its own
 
     def _head(self) -> dict[str, Any]:
@@ -162,17 +236,35 @@ class GuestApi:
             return head
         with suppress(NotFound):  # whose word would name others
             found = self.bench.image(text).id
-            if found in {entry.id for entry in self.bench.history(head)}:
+            if found in {entry.id for entry in self._all()}:
                 return found
         raise NotFound(f"find the image {text}", "it is none that this container stands on", "see %container log")
+
+    def _own_revision(self, text: str) -> None:
+        """As ``_own``; whatever begins with HEAD is its own."""
+        if not text.startswith(("HEAD", "@")):
+            self._own(text)
+
+    def _is_mine(self, name: str) -> bool:
+        """Whether its snapshots may move a name."""
+        try:
+            self._allow(name)
+        except WorkbenchError:
+            return False
+        return True
+
+    def _all(self) -> Iterator[Entry]:
+        """The images that it stands on, or that were made of it."""
+        for image in {self._head()["image"], *self._head()["made"]}:
+            with suppress(NotFound):  # removed meanwhile
+                yield from self.bench.history(image)
 
     def _allow(self, name: str) -> None:
         """Nothing inside moves a name that somebody else has given. Raises Conflict, InvalidInput."""
         from workbench.jupyter import kernelspecs
 
         named = self.bench.refs.find(name)
-        head = self._head()
-        own = {entry.id for entry in self.bench.history(head["image"])} - {self.container.image_id}
+        own = set(self._head()["made"])
         spec = kernelspecs.kernel_name(name)
         taken = named not in {None, *own} or any(
             kernelspecs.kernel_name(other) == spec and image not in own
@@ -210,7 +302,7 @@ def _checked(data: bytes) -> dict[str, Any]:
     for key, value in request.items():
         if key != "do" and (key not in known or type(value) is not known[key]):
             raise InvalidInput(tried, f"{key[:40]!r} is not understood")
-    if "name" in known and not request.get("name"):
+    if request["do"] == "tag" and not request.get("name"):
         raise InvalidInput(tried, "no name is given")
     if request.get("number", 0) < 0:
         raise InvalidInput(tried, "a number is negative")

@@ -155,7 +155,9 @@ class ImageHandler(_Handler):
 
         image, names = await self.work(remove)
         for name in names:
-            self.settings["workbench_tell"](events.IMAGE, name=name, image=image, action="removed")
+            self.settings["workbench_tell"](
+                events.IMAGE, name=name.removesuffix(":latest"), image=image, action="removed"
+            )
         self.answer({"names": names})
 
 

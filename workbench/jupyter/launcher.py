@@ -27,6 +27,7 @@ from workbench.linux.sockets import bind_private
 from workbench.model import Exit, InvalidInput, LaunchFailed, WorkbenchError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from workbench.containers.client import HelperClient
@@ -136,6 +137,8 @@ class _Launcher:
         self._helper = _helper_ahead()
         self._relay: Relay | None = None
         self._guest: GuestApi | None = None
+        self._content: dict[str, Any] = {}
+        self._between: Callable[[], None] | None = None  # what is to be done before the kernel is started again
 
     def run(self) -> int:
         """Start the container, carry bytes until the kernel exits or the client goes; the exit code."""
@@ -152,7 +155,11 @@ class _Launcher:
                 container_exit = container.exited
                 container_exit.add_done_callback(self._wake)
             if container_exit is not None and container_exit.done():
-                break
+                if self._between is None:
+                    break
+                between, self._between, container_exit = self._between, None, None
+                between()
+                started = self._start(container)
         if container_exit is None or not container_exit.done():
             return self._kill(container, started)
         ended: Exit = container_exit.result()
@@ -209,17 +216,16 @@ class _Launcher:
             labels={"kind": "kernel", "client": "launcher"},
         )
         self._container = container
-        self._guest = GuestApi(workbench, container)
+        self._guest = GuestApi(workbench, container, self._start_again)
         self._guest.start()
         run_dir = str(container.run_dir)
-        content = connection.guest_content(
+        self._content = connection.guest_content(
             key=self._file.key,
             signature_scheme=self._file.signature_scheme,
             kernel_name=self._ref,
             curve=self._file.curve,
             transport=kernel.transport,
         )
-        connection.write_guest(run_dir, content)
         self._run_dir = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._relay = relay = Relay(self._listeners, sockets_of(self._run_dir))
         relay.watch(self._wake_read, self._on_wake)
@@ -229,6 +235,8 @@ class _Launcher:
         return container
 
     def _start(self, container: Container) -> Future[None]:
+        connection.clear_sockets(container.run_dir)
+        connection.write_guest(container.run_dir, self._content)
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         try:
             # What the kernel prints beside its messages is shown by the client as the kernel's log.
@@ -237,6 +245,12 @@ class _Launcher:
             os.close(null)
         started.add_done_callback(self._wake)
         return started
+
+    def _start_again(self, between: Callable[[], None]) -> None:
+        """End the kernel, do something, and start it again; in any thread."""
+        self._between = between
+        assert self._container is not None
+        self._container.kill()
 
     def _kill(self, container: Container, started: Future[None]) -> int:
         """The client is gone or said so: the kernel goes at once."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -81,6 +82,9 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         self._shutdown: asyncio.Future[Any] | None = None
         self._expected = True
         self._has_process = self._has_run = False
+        self._between: Callable[[], None] | None = None  # what is to be done before the kernel is started again
+        self._ending = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._mounts: list[tuple[str, str]] = []
         self._cwd = ""
 
@@ -102,7 +106,9 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         asked: Asked = kwargs.pop("workbench", None) or Asked()
         environ: Mapping[str, str] = kwargs.get("env") or os.environ
         bench = shared.workbench(self.config, self.home)
-        image = bench.image(self.image)
+        if self._between is not None and self._container is not None:
+            await asyncio.to_thread(self._between)
+        image = bench.image(self._container.image_id if self._container else self.image)
         kernel = image.kernel
         if kernel is None:
             raise LaunchFailed(
@@ -169,7 +175,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             labels={"image": self.image, "kernel": str(self.kernel_id or "")},
         )
         self._tell_event = events.teller(self.parent)
-        self._guest = GuestApi(bench, container, self._tell_event)
+        self._guest = GuestApi(bench, container, self._start_again, self._tell_event)
         self._guest.start()
         spec = container.state["spec"]
         self._cwd = spec["cwd"]
@@ -200,6 +206,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         """Start the container with the kernel in it."""
         container = self._container
         assert container is not None, "pre_launch comes first"
+        self._loop = asyncio.get_running_loop()
         connection.clear_sockets(container.run_dir)
         connection.write_guest(container.run_dir, self._content)
         self._exit, self._farewell, self._expected = None, None, False
@@ -215,6 +222,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             await self._discard()
             raise
         self._has_process = self._has_run = True
+        self._between = None
         self._tell(container, "started")
         return self.connection_info
 
@@ -222,6 +230,34 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         """To who listens to the server's events."""
         data = {"kernel": str(self.kernel_id or ""), "image": self.image, "action": action, "reason": reason}
         self._tell_event(events.CONTAINER, container=container.id, **data)
+
+    def _start_again(self, between: Callable[[], None]) -> None:
+        """End the kernel, do something, and start it again, as its manager does when it is asked to; in any thread."""
+        self._between = between
+        assert self._loop is not None
+        if self._loop.is_running():
+            asyncio.run_coroutine_threadsafe(self._restart(), self._loop)
+        else:  # a manager that runs its loop only while it is asked for something
+            threading.Thread(target=asyncio.run, args=(self._restart(),), name="workbench-restart").start()
+
+    async def _restart(self) -> None:
+        km: Any = self.parent
+        owner = self._manager_of_many()
+        try:
+            self._expect_end()
+            if self._container is not None:
+                self._container.kill()
+            while self._ended() is None:
+                await asyncio.sleep(0.005)
+            if owner is None:
+                await ensure_async(km.restart_kernel(now=True))
+                return
+            if km._restarter is not None:  # which is how a server tells its clients
+                km._restarter._fire_callbacks("restart")
+            await ensure_async(owner.restart_kernel(self.kernel_id, now=True))
+        except Exception:
+            self._between = None
+            self.log.exception("Kernel %s could not be started in another environment", self.kernel_id)
 
     async def _discard(self) -> None:
         """The kernel could not be started: nothing of it stays, but for changes that an earlier run has made."""
@@ -241,11 +277,13 @@ class WorkbenchProvisioner(KernelProvisionerBase):
 
     @property
     def has_process(self) -> bool:
-        """Whether a kernel was started and its end not yet taken notice of."""
-        return self._has_process
+        """Whether a kernel was started and its end not yet taken notice of, or it is being started again."""
+        return self._has_process or self._between is not None
 
     async def poll(self) -> int | None:
         """None while it runs, or while its clients are being told why it died; else the exit code."""
+        if self._between is not None and not self._ending:
+            return None  # to clients that look whether it has died, a kernel that changes its environment has not
         code = self._ended()
         if code is None or self._exit is None or self._expected:
             return None if self._shutdown and not self._shutdown.done() else code
@@ -277,6 +315,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
                 code, self._has_process = polled, False
                 break
             await asyncio.sleep(0.02)
+        self._ending = False
         return code
 
     async def send_signal(self, signum: int) -> None:
@@ -290,6 +329,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
     async def kill(self, restart: bool = False) -> None:  # noqa: ARG002
         """End everything in the container at once."""
         self._expect_end()
+        self._ending = True
         if self._container is not None:
             self._container.kill()
 

@@ -1,0 +1,163 @@
+"""``%container checkout``, ``reset``, ``branch``: the kernel comes back in another environment, under every client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.jupyter.clients import argv_kernel, run
+from tests.jupyter.conftest import Server, Start
+from tests.jupyter.test_server import Session
+from workbench.workbench import Workbench
+
+WRITE = "open('/opt/state', 'w').write('{}')"
+READ = "print(open('/opt/state').read())"
+
+
+@pytest.fixture(autouse=True)
+def tidy(cli, image: str) -> Iterator[None]:
+    """No snapshot stays."""
+    before = {name for row in json.loads(cli("images", "--json").out) for name in row["names"]}
+    yield
+    for row in json.loads(cli("ps", "--all", "--json").out):
+        cli("rm", "-f", row["id"])
+    for row in json.loads(cli("images", "--json").out):
+        for name in set(row["names"]) - before:
+            cli("rmi", name)
+    cli("gc")
+
+
+#: What is typed, and what is then printed.
+TOUR = [
+    (WRITE.format("one"), ""),
+    ("%container snapshot -m One -t out/plots", "[out/plots "),
+    (WRITE.format("two"), ""),
+    ("%container snapshot -m Two", "[out/plots "),
+    ("%container checkout out/plots~1", "now in "),
+    (READ, "one"),
+    ("%container branch", "  out/plots "),
+    (WRITE.format("three"), ""),
+    ("%container checkout -b out/side", "snapshots move out/side from now on"),
+    ("%container snapshot -m Three", "[out/side "),
+    ("%container checkout out/plots", "now in "),
+    (READ, "two"),
+    ("%container branch", "* out/plots "),
+    (WRITE.format("four"), ""),
+    ("%container reset --hard", "now in "),
+    (READ, "two"),
+    ("%container log --oneline", "Two"),
+]
+
+
+@pytest.mark.usefixtures("start")  # which ends this process's helper
+def test_from_top_to_bottom_by_nbclient(tmp_path: Path) -> None:
+    cells = [nbformat.v4.new_code_cell(code) for code, _ in TOUR]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "wb-python", "display_name": ""}})
+    client = NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    for cell, (code, wanted) in zip(notebook.cells, TOUR, strict=True):
+        said = "".join(output.get("text", "") for output in cell.outputs)
+        assert wanted in said, (code, cell.outputs)
+    bench = Workbench()
+    names = bench.refs.all()
+    assert bench.image(names["out/plots:latest"]).parent == bench.image(names["out/side:latest"]).parent
+
+
+def test_by_a_manager_whose_loop_does_not_run(start: Start) -> None:
+    tour(start()[1])
+
+
+def test_by_an_editor_that_starts_argv_itself(image: str, tmp_path: Path) -> None:
+    with argv_kernel(tmp_path) as (_, client):
+        tour(client)
+
+
+def tour(client) -> None:
+    for code, wanted in TOUR[:6]:
+        done = run(client, code)
+        assert wanted in done.stdout, (code, done)
+
+
+def test_under_a_server(server: Server) -> None:
+    notebook = Session(server)
+    for code, wanted in TOUR[:4]:
+        assert wanted in notebook.run(code).stdout
+    row = server.request("/workbench/api/containers")[1]["containers"][0]
+    notebook.execute("%container checkout out/plots~1")
+    for message in notebook.messages():
+        if message["content"].get("execution_state") == "restarting":
+            break
+    notebook.reconnect()
+    assert notebook.run(READ).stdout == "one\n"
+    after = server.request("/workbench/api/containers")[1]["containers"]
+    assert [each["id"] for each in after] == [row["id"]]
+    assert after[0]["pid"] != row["pid"]
+    model = server.request(f"/api/kernels/{notebook.kernel}")[1]
+    assert model["execution_state"] in ("idle", "busy", "starting")
+    notebook.close()
+
+
+def test_nothing_is_lost_unasked(start: Start, cli) -> None:
+    _, client = start()
+    run(client, WRITE.format("one"))
+    run(client, "%container snapshot -m One -t out/keep")
+    run(client, WRITE.format("two"))
+    run(client, "import os; os.makedirs('/opt/venv/lib/python3.11/site-packages/madeup-1.2.dist-info')")
+    run(client, "open('/opt/venv/lib/python3.11/site-packages/madeup-1.2.dist-info/METADATA', 'w').write('Name: x')")
+    for code in ("%container checkout HEAD~1", "%container reset", "%container checkout python"):
+        said = run(client, code).stderr
+        assert "no snapshot holds" in said and "madeup-1.2" in said and "%container snapshot" in said, said
+    assert run(client, READ).stdout == "two\n"
+    (row,) = json.loads(cli("ps", "--json").out)
+    done = cli("checkout", row["id"], "python")
+    assert done.code == 1 and "no snapshot holds" in done.err
+    assert "it is running" in cli("checkout", "-f", row["id"], "python").err
+    assert "now in" in run(client, "%container checkout -f python").stdout
+    assert run(client, "import os; os.path.exists('/opt/state')").text == "False"
+    # the name that the image was built under is nobody's branch
+    run(client, WRITE.format("x"))
+    run(client, "%container snapshot -m More")
+    assert Workbench().image("python").parent == ""
+
+
+def test_what_is_not_its_own_cannot_be_checked_out(start: Start, image: str) -> None:
+    bench = Workbench()
+    bench.tag("out/others", "python", force=True)
+    _, client = start()
+    assert "none that this container stands on" in run(client, "%container checkout out/nothing").stderr
+    assert "that name is another image's" in run(client, "%container checkout -b python").stderr
+    assert "has no parent" in run(client, "%container checkout HEAD~1").stderr
+    assert "wants an IMAGE" in run(client, "%container checkout").stderr
+    assert run(client, "1").reply["status"] == "ok"
+
+
+def test_from_a_shell(start: Start, cli, tmp_path: Path) -> None:
+    manager, client = start()
+    run(client, WRITE.format("one"))
+    run(client, "%container snapshot -m One -t out/shell")
+    run(client, WRITE.format("two"))
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+    (row,) = json.loads(cli("ps", "--all", "--json").out)
+    done = cli("rm", row["id"])
+    assert done.code == 1 and "no snapshot holds 1 change," in done.err and "rm --force" in done.err
+    done = cli("reset", row["id"])
+    assert done.code == 1 and "reset --hard" in done.err
+    assert cli("checkout", "-b", "out/two", row["id"]).code == 0
+    assert cli("snapshot", row["id"], "-m", "Two").out.startswith("[out/two ")
+    assert f"{row['id']}" in cli("branch").out
+    assert cli("branch", "out/third", "out/two~1").code == 0
+    assert "that name is an image's" in cli("branch", "out/third", "out/two").err
+    done = cli("checkout", row["id"], "out/shell")
+    assert done.code == 0, done.err
+    assert cli("diff", "out/shell", "out/third").err == "no difference\n"
+    assert json.loads(cli("ps", "--all", "--json").out)[0]["image_id"] == Workbench().image("out/shell").id
+    assert cli("reset", "--hard", row["id"], "HEAD~1").code == 0
+    assert Workbench().image("out/shell").id == Workbench().image("python").id
+    assert "reset: moving to HEAD~1" in Workbench().refs.log("out/shell")[0]["why"]
+    assert cli("rm", row["id"]).code == 0
