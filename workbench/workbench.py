@@ -244,13 +244,15 @@ class Workbench(LoggingConfigurable):
         terminal: bool = False, mounts: Sequence[Mount] = (), limits: Limits | None = None,
         network: Network | None = None, forwards: Sequence[tuple[str, int]] = (),
         labels: Mapping[str, str] | None = None, names: Sequence[str] = (), guest: bool = False,
+        again: Container | None = None,
     ) -> Container:  # fmt: skip
         """Lay a container out; ``start`` of the result starts it.
 
         image: name or ID. argv: instead of the image's kernel or command. cwd: the host's folder to work in,
         mounted at the same path; None for none. limits: narrow what configuration and image say. network: instead
         of the configuration's. forwards, names: see ``ContainerSpec``. guest: show ``workbench_guest`` inside.
-        Raises NotFound, InvalidInput, HostLacks.
+        again: a stopped container over the same image that goes on, with what it has changed, as all this says now.
+        Raises NotFound, InvalidInput, HostLacks, Conflict when somebody else has just taken ``again``.
         """
         image_id = self._resolve(image)
         with self.store.lease(image_id):
@@ -261,7 +263,21 @@ class Workbench(LoggingConfigurable):
             if guest:
                 module = Mount(_GUEST_MODULE, f"{spec.GUEST}/workbench_guest.py", read_only=True)
                 wanted = replace(wanted, mounts=(*wanted.mounts, module))
-            return self.containers.create(wanted, image=image_id, labels={"image": image, **(labels or {})})
+            about = {"image": image, **(labels or {})}
+            if again is not None:
+                again.claim(wanted, about)
+                return again
+            return self.containers.create(wanted, image=image_id, labels=about)
+
+    def stopped_for(self, notebook: str) -> list[Container]:
+        """Stopped containers that were a notebook's, the newest first."""
+        found = []
+        for container in self.containers:
+            with suppress(NotFound):
+                known = container.state
+                if known["labels"].get("notebook") == notebook and known["status"] == "exited":
+                    found.append((str(known["created"]), container))
+        return [container for _, container in sorted(found, key=lambda each: each[0], reverse=True)]
 
     def _spec(
         self, image: Image, argv: Sequence[str] | None, cwd: str | None, env: Mapping[str, str], terminal: bool,
@@ -504,9 +520,11 @@ class Workbench(LoggingConfigurable):
     def gc(self) -> dict[str, int]:
         """Remove what no name, container or running job needs: layers, blobs and bytes that went."""
         from workbench.build.cache import Cache
+        from workbench.history import notebooks
 
         self.sweep()
-        done = self.store.gc(image for container in self.containers for image in container.images)
+        needed = {image for container in self.containers for image in container.images}
+        done = self.store.gc(needed.union(notebooks.pinned(self.home)))
         cache = Cache(self.home)
         cache.prune(self.store.has_layer)
         return done | {"bytes": done["bytes"] + cache.drop_downloads()}

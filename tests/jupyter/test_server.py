@@ -42,18 +42,19 @@ class Session:
         self.socket.close()
         self.connect()
 
-    def send(self, kind: str, content: dict[str, Any], channel: str = "shell") -> str:
-        """Send a request; its id."""
+    def send(self, kind: str, content: dict[str, Any], channel: str = "shell", cell: str = "") -> str:
+        """Send a request, for a cell with an id as JupyterLab does; its id."""
         request = uuid.uuid4().hex
         header = {"msg_id": request, "msg_type": kind, "session": self.session, "username": "", "version": "5.3"}
-        message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": channel}
+        metadata = {"cellId": cell} if cell else {}
+        message = {"header": header, "parent_header": {}, "metadata": metadata, "content": content, "channel": channel}
         self.socket.send(json.dumps(message | {"buffers": []}))
         return request
 
-    def execute(self, code: str) -> str:
+    def execute(self, code: str, cell: str = "") -> str:
         """Ask for an execution."""
         content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}}
-        return self.send("execute_request", content | {"allow_stdin": False, "stop_on_error": True})
+        return self.send("execute_request", content | {"allow_stdin": False, "stop_on_error": True}, cell=cell)
 
     def messages(self, timeout: float = 60) -> Iterator[dict[str, Any]]:
         """What arrives."""
@@ -65,9 +66,9 @@ class Session:
                 yield json.loads(data)
         raise TimeoutError
 
-    def run(self, code: str, after: Callable[[], Any] | None = None) -> Outputs:
+    def run(self, code: str, after: Callable[[], Any] | None = None, cell: str = "") -> Outputs:
         """Execute and wait for reply and idle."""
-        outputs, request, idle = Outputs(), self.execute(code), False
+        outputs, request, idle = Outputs(), self.execute(code, cell), False
         for message in self.messages():
             if message["parent_header"].get("msg_id") != request:
                 continue
@@ -114,7 +115,9 @@ def test_a_notebook_lives(server: Server) -> None:
     notebook.close()
     status, row = server.request(f"/workbench/api/containers/{row['id']}")
     assert status == 200 and row["status"] == "exited"
-    assert server.request(f"/workbench/api/containers/{row['id']}", "DELETE")[0] == 204
+    status, answer = server.request(f"/workbench/api/containers/{row['id']}", "DELETE")
+    assert status == 409 and "no snapshot holds" in answer["message"]
+    assert server.request(f"/workbench/api/containers/{row['id']}?force=1", "DELETE")[0] == 204
 
 
 def test_a_memory_limit_is_told_and_others_go_on(image: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -94,9 +95,13 @@ class Container:
         """The image that it runs over."""
         return str(state.load(self.folder)["image"])
 
-    def claim(self) -> None:
-        """Take a stopped one for another run by this process, with the same writable layer. Raises Conflict."""
-        self._run_dir, self.held = state.claim(self.folder, _me())
+    def claim(self, spec: ContainerSpec, labels: Mapping[str, str]) -> None:
+        """Take a stopped one for another run by this process, with the same writable layer.
+
+        spec: as it is to be now, under its own id. Raises Conflict while it runs or somebody else starts it.
+        """
+        mine = replace(spec, id=self.id, hostname=self.id)
+        self._run_dir, self.held = state.claim(self.folder, _me(), {"spec": mine.to_json(), "labels": dict(labels)})
 
     def start(self, stdio: Sequence[int] | None = None) -> Future[None]:
         """Start it, anew after an end with the same writable layer.

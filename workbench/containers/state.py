@@ -168,11 +168,11 @@ def settle(folder: str) -> bool:
     return True
 
 
-def claim(folder: str, maker: list[int]) -> tuple[str, int]:
+def claim(folder: str, maker: list[int], now: dict[str, Any]) -> tuple[str, int]:
     """Take a stopped container for another run: its new run folder, and a descriptor that holds that.
 
-    maker: pid and start time of the process that has it from now on. Raises Conflict while it runs, or when somebody
-    else is at it.
+    maker: pid and start time of the process that has it from now on; now: what else is other. Raises Conflict while it
+    runs, or when somebody else is at it.
     """
     held = hold(folder)
     try:
@@ -180,8 +180,9 @@ def claim(folder: str, maker: list[int]) -> tuple[str, int]:
         if known.get("maker") not in (None, maker):
             raise Conflict(f"use container {known['id']}", "another process is starting it", "try again")
         run_dir, fd = make_run_dir(known["id"])
-        now = {"status": "created", "run_dir": run_dir, "maker": maker, "exit": None, "pid": None}
-        save(folder, known | now)
+        save(folder, known | now | {
+            "status": "created", "run_dir": run_dir, "maker": maker, "exit": None, "pid": None,
+        })  # fmt: skip
         return run_dir, fd
     finally:
         os.close(held)

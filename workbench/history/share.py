@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from workbench.history import notebooks
 from workbench.images import archive, export
 from workbench.images.refs import Refs
 from workbench.images.source import opened
@@ -33,7 +34,9 @@ def save(
             raise InvalidInput(f"export {text}", f"{file!r} is no notebook", "only FILE.ipynb goes along with an image")
         if not path.is_file():
             raise NotFound(f"export {text}", f"there is no file {path}", "correct the name")
-    return export.save(store, image, name, out, form=export.form(form), along=files)
+    size = export.save(store, image, name, out, form=export.form(form), along=files)
+    notebooks.note_place(str(store.home), image.id, out)
+    return size
 
 
 def load(
@@ -53,5 +56,6 @@ def load(
         image = archive.take(store, source, found[0] if len(found) > 1 else "")
         refs.move(wanted, image.id, f"import: {os.path.basename(path)}", force=force)
         files = archive.along(source, export.ALONG)
+    notebooks.note_place(str(store.home), image.id, path)
     # Whatever else lies there is left there.
     return wanted, image, {file: data for file, data in files.items() if _NOTEBOOK.fullmatch(file)}

@@ -12,7 +12,7 @@ def load(serverapp: Any) -> None:
     """Add the routes to a Jupyter server (``_load_jupyter_server_extension``)."""
     from jupyter_server.utils import url_path_join
 
-    from workbench.jupyter import builds, events, handlers, kernelspecs, shared
+    from workbench.jupyter import builds, events, handlers, kernelspecs, saving, shared
 
     web = serverapp.web_app
     events.register(serverapp.event_logger)
@@ -23,4 +23,5 @@ def load(serverapp: Any) -> None:
     web.add_handlers(".*$", [(api + route, handler) for route, handler in routes])
     if image := shared.workbench(serverapp.config).default_image:
         serverapp.kernel_manager.default_kernel_name = kernelspecs.kernel_name(image)
+    saving.register(serverapp)
     serverapp.log.info("Workbench: images and containers at %s", api)

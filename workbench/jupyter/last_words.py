@@ -55,8 +55,11 @@ class Listener:
     #: Headers of the executions that were asked for through this process and are not known to be over, in order.
     asked: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=1000))
 
-    def sent(self, frames: Sequence[Any]) -> None:
-        """Take notice of a message that went to the shell channel; from any thread."""
+    def sent(self, frames: Sequence[Any]) -> str:
+        """Take notice of a message that went to the shell channel; the id of the cell that it runs, if it says one.
+
+        From any thread.
+        """
         with contextlib.suppress(ValueError, IndexError):
             delimiter = next(
                 (at for at, frame in enumerate(frames) if len(frame) == 9 and bytes(frame) == _DELIMITER), 0
@@ -64,6 +67,8 @@ class Listener:
             header = bytes(frames[delimiter + 2])
             if b'"execute_request"' in header:
                 self.asked.append(json.loads(header))
+                return str(json.loads(bytes(frames[delimiter + 4])).get("cellId", ""))
+        return ""
 
     def finished(self, request: str) -> None:
         """A kernel takes one execution after the other: what was asked for before is over as well."""

@@ -24,10 +24,12 @@ from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.multikernelmanager import MultiKernelManager
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase
 from jupyter_core.utils import ensure_async
-from traitlets import Float, Integer, List, Unicode
+from traitlets import Bool, Float, Integer, List, Unicode
 
 from workbench.containers.spec import parse_mount
-from workbench.jupyter import connection, events, shared
+from workbench.containers.state import HEAD
+from workbench.history import notebooks
+from workbench.jupyter import connection, events, kernelspecs, shared
 from workbench.jupyter.guest_api import GuestApi
 from workbench.model import (
     Conflict,
@@ -67,6 +69,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
     network = Unicode("", config=True, help="What this kernel reaches, if that is less; or its network, lan:NAME.")
     alias = Unicode("", config=True, help="This kernel's name in a network lan:NAME. Empty: that of its notebook.")
     mounts = List(Unicode(), config=True, help="Host folders that this kernel sees, each as SOURCE[:TARGET][:ro].")
+    resume = Bool(True, config=True, help="Go on with what a notebook changed before when it is opened again.")
     home = Unicode("", help="The store that the image is in, where it is not the user's default.")
 
     def __init__(self, **kwargs: Any) -> None:
@@ -82,6 +85,12 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         self._shutdown: asyncio.Future[Any] | None = None
         self._expected = True
         self._has_process = self._has_run = False
+        #: By id of a cell the image that it was last run in.
+        self.ran: dict[str, str] = {}
+        self._wanted = self._notice = ""
+        self._again: Container | None = None  # one that is stopped, to go on with
+        self._head_file = ""
+        self._head: tuple[int, str] = (-1, "")  # when the note of the last snapshot was written, and its image
         self._between: Callable[[], None] | None = None  # what is to be done before the kernel is started again
         self._ending = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -108,7 +117,9 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         bench = shared.workbench(self.config, self.home)
         if self._between is not None and self._container is not None:
             await asyncio.to_thread(self._between)
-        image = bench.image(self._container.image_id if self._container else self.image)
+        if self._container is None:
+            self._again = self._take_up(bench, str(environ.get("JPY_SESSION_NAME", "")))
+        image = bench.image(self._container.image_id if self._container else self._wanted or self.image)
         kernel = image.kernel
         if kernel is None:
             raise LaunchFailed(
@@ -135,6 +146,30 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         )
         return {**kwargs, "cmd": argv, "env": connection.kernel_env(environ, image)}
 
+    def _take_up(self, bench: Workbench, path: str) -> Container | None:
+        """What a notebook of a server goes on with: the image that it names, and the container that it had."""
+        self._wanted = self._notice = ""
+        if not path.endswith(".ipynb") or not self._is_a_servers():
+            return None
+        record = notebooks.recorded(path)
+        if record is not None and record.kernel == getattr(self.parent, "kernel_name", ""):
+            try:
+                self._wanted = bench.image(record.image).id
+            except NotFound:
+                raise record.missing(path) from None
+            if bench.refs.find(self.image) not in (None, record.image):
+                self._notice = f"in {record.image[7:19]}, as the notebook says; {self.image} has moved since"
+        for container in bench.stopped_for(path) if self.resume else ():
+            head, known = container.head, container.state
+            if head["image"] == self._wanted or (not self._wanted and known["labels"]["image"] == self.image):
+                self._wanted = container.image_id
+                self._notice = (
+                    f"this notebook goes on with what it changed before, over {head['image'][7:19]}; "
+                    "`%container status` says what no snapshot holds, `%container reset --hard` starts anew"
+                )
+                return container
+        return None
+
     def _encrypt(self, asked: str | None, kernel: Kernel) -> bool:
         """Whether CURVE keys are to be made: as LocalProvisioner decides it, and never in clear when required."""
         km: Any = self.parent
@@ -160,7 +195,10 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         network = parse_network(bench.network)
         for text in filter(None, (self.network, asked.network)):
             network = narrower(network, parse_network(text))
-        notebook = os.path.splitext(os.path.basename(environ.get("JPY_SESSION_NAME", "")))[0]
+        path = environ.get("JPY_SESSION_NAME", "")
+        notebook = os.path.splitext(os.path.basename(path))[0]
+        labels = {"image": self.image, "kernel": str(self.kernel_id or "")}
+        again, self._again = self._again, None
         container = bench.create(
             image.id,
             argv=argv,
@@ -172,10 +210,13 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             network=network,
             names=(asked.alias or self.alias or notebook,),
             forwards=connection.forwards(image.kernel) if image.kernel else (),
-            labels={"image": self.image, "kernel": str(self.kernel_id or "")},
+            labels=labels | ({"notebook": path} if self._is_a_servers() and path else {}),
+            again=again,
         )
+        self._has_run = again is not None
         self._tell_event = events.teller(self.parent)
         self._guest = GuestApi(bench, container, self._start_again, self._tell_event)
+        self._guest.notice = self._notice
         self._guest.start()
         spec = container.state["spec"]
         self._cwd = spec["cwd"]
@@ -199,8 +240,33 @@ class WorkbenchProvisioner(KernelProvisionerBase):
 
     def _on_request(self, frames: list[Any], _status: object) -> None:
         """A server hands a message on to the kernel."""
-        if self._listener is not None:
-            self._listener.sent(frames)
+        if self._listener is not None and (asked := self._listener.sent(frames)) and self._container is not None:
+            self.ran[asked] = self._image_now(self._container)
+
+    def _image_now(self, container: Container) -> str:
+        """Of the last snapshot; read when it is another one than before, for this is asked with each cell."""
+        try:
+            written = os.stat(self._head_file).st_mtime_ns
+        except OSError:
+            written = 0
+        if self._head[0] != written:
+            self._head = written, str(container.head["image"])
+        return self._head[1]
+
+    @property
+    def head(self) -> notebooks.Record | None:
+        """The environment for a notebook's record; None while it is no snapshot."""
+        if self._container is None:
+            return None
+        bench = shared.workbench(self.config, self.home)
+        head = self._container.head
+        with suppress(WorkbenchError):
+            image = bench.image(head["image"])
+            if image.parent:
+                ref = str(head["ref"]) or (self.image if bench.refs.find(self.image) == image.id else "")
+                kernel = kernelspecs.kernel_name(ref) if ref else ""
+                return notebooks.Record(image.id, ref, image.parent, notebooks.places(bench.home, image.id), kernel)
+        return None
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:  # noqa: ARG002
         """Start the container with the kernel in it."""
@@ -222,7 +288,8 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             await self._discard()
             raise
         self._has_process = self._has_run = True
-        self._between = None
+        self._between, self._head = None, (-1, "")
+        self._head_file = os.path.join(os.path.dirname(container.upper), HEAD)
         self._tell(container, "started")
         return self.connection_info
 
@@ -267,6 +334,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             return
         if self._guest is not None:
             self._guest.close()
+            self._guest = None
         self._container = None
         km: Any = self.parent
         km.cleanup_connection_file()
@@ -293,6 +361,10 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             self._shutdown = asyncio.ensure_future(ensure_async(owner.shutdown_kernel(self.kernel_id, now=True)))
             return None
         return code
+
+    def _is_a_servers(self) -> bool:
+        """Whether it is one of many kernels, which people open and close; else its client runs it once."""
+        return isinstance(getattr(self.parent, "parent", None), MultiKernelManager)
 
     def _manager_of_many(self) -> Any:
         """What has this kernel among its own and would restart it; None for a client with the one."""
