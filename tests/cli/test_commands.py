@@ -126,7 +126,9 @@ def test_unchanged_goes_and_changed_stays(cli, image):
     (row,) = cli("ps", "--all", "--json").json
     assert done.code == 0 and row["id"] in done.err and row["status"] == "exited"
     assert row["id"] in cli("ps", "--all").out and row["id"] not in cli("ps").out
-    assert cli("rm", row["id"][:6]).out == f"removed {row['id']}\n"
+    kept = cli("rm", row["id"])
+    assert kept.code == 1 and "it holds 1 change, " in kept.err and "rm --force drops it" in kept.err
+    assert cli("rm", "-f", row["id"][:6]).out == f"removed {row['id']}\n"
     assert cli("run", "--network", "none", "--rm", "python", "touch", "/opt/changed").err == ""
     assert cli("ps", "--all", "--json").json == []
 

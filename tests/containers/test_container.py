@@ -235,7 +235,7 @@ def test_changes_stay_and_unchanged_ones_go(workbench, image):
     assert outcome.kept
     assert [row["id"] for row in workbench.ps(every=True)] == [outcome.id]
     assert workbench.ps() == []
-    workbench.remove(outcome.id[:6])
+    workbench.remove(outcome.id[:6], force=True)
     assert workbench.ps(every=True) == []
 
 
@@ -243,7 +243,7 @@ def test_deletions_and_new_folders_are_changes(workbench, image):
     for command in ("rm /etc/debian_version", "mkdir /opt/empty", "chmod 700 /etc/debian_version", "ln -s a /opt/b"):
         outcome = run(workbench, image, ["sh", "-c", command])
         assert outcome.kept, command
-        workbench.remove(outcome.id)
+        workbench.remove(outcome.id, force=True)
 
 
 def test_starting_anew_keeps_the_writable_layer(workbench, image):
@@ -252,7 +252,7 @@ def test_starting_anew_keeps_the_writable_layer(workbench, image):
         container.start().result(timeout=30)
         assert container.exited.result(timeout=30).code == expected
     assert container.settle()
-    workbench.remove(container.id)
+    workbench.remove(container.id, force=True)
 
 
 def test_signals_reach_the_group(workbench, image):
@@ -347,7 +347,7 @@ def test_a_killed_client_keeps_what_was_changed(workbench, image):
     assert gone(pid) and gone(helper)
     (row,) = workbench.ps(every=True)
     assert (row["id"], row["exit"]["reason"]) == (name, "its launcher ended")
-    workbench.remove(name)
+    workbench.remove(name, force=True)
 
 
 def test_a_killed_helper_is_noticed_and_swept(workbench, image):
@@ -360,7 +360,7 @@ def test_a_killed_helper_is_noticed_and_swept(workbench, image):
     assert workbench.sweep() == [name]
     (row,) = workbench.ps(every=True)
     assert row["status"] == "exited"
-    workbench.remove(name)
+    workbench.remove(name, force=True)
     assert workbench.sweep() == []
 
 

@@ -76,7 +76,7 @@ def test_restart_keeps_the_writable_layer_and_the_container(start: Start) -> Non
     bench = shared.workbench()
     (row,) = [row for row in bench.ps(True) if row["id"] == container]
     assert row["status"] == "exited"
-    bench.remove(container)
+    bench.remove(container, force=True)
 
 
 def test_an_unchanged_container_goes_with_its_kernel(start: Start) -> None:

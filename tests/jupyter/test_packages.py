@@ -29,7 +29,7 @@ def test_pip_install_from_a_cell(start: Start) -> None:
         assert Path(upper, "opt/venv/lib/python3.11/site-packages/cowsay/__init__.py").exists()
         assert traces_of_the_host(upper) == []
     finally:
-        bench.remove(name)
+        bench.remove(name, force=True)
 
 
 def test_apt_get_install_from_a_cell(start: Start) -> None:

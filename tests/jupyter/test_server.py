@@ -116,7 +116,7 @@ def test_a_notebook_lives(server: Server) -> None:
     status, row = server.request(f"/workbench/api/containers/{row['id']}")
     assert status == 200 and row["status"] == "exited"
     status, answer = server.request(f"/workbench/api/containers/{row['id']}", "DELETE")
-    assert status == 409 and "no snapshot holds" in answer["message"]
+    assert status == 409 and "that no snapshot has" in answer["message"]
     assert server.request(f"/workbench/api/containers/{row['id']}?force=1", "DELETE")[0] == 204
 
 
@@ -180,7 +180,7 @@ def test_stopping_a_kernels_container_ends_the_kernel(server: Server) -> None:
     assert server.request("/workbench/api/containers")[1]["containers"] == []
     after = server.request("/workbench/api/containers?all=1")[1]["containers"]
     assert row["id"] in [other["id"] for other in after]
-    assert server.request(f"/workbench/api/containers/{row['id']}", "DELETE")[0] == 204
+    assert server.request(f"/workbench/api/containers/{row['id']}?force=1", "DELETE")[0] == 204
     notebook.socket.close()
 
 
@@ -196,7 +196,7 @@ def test_stopped_from_a_shell_it_is_not_started_again(server: Server, cli: Any) 
     (after,) = server.request("/workbench/api/containers?all=1")[1]["containers"]
     assert after["id"] == row["id"] and after["status"] == "exited" and after["exit"]["asked"]
     assert "stopped by" in server.log.read_text()
-    assert server.request(f"/workbench/api/containers/{row['id']}", "DELETE")[0] == 204
+    assert server.request(f"/workbench/api/containers/{row['id']}?force=1", "DELETE")[0] == 204
     notebook.socket.close()
 
 

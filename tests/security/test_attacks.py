@@ -62,7 +62,7 @@ def found(request: pytest.FixtureRequest, image: str, tmp_path_factory: pytest.T
             )  # fmt: skip
             result = outcome.json | {"kind": request.param, "id": outcome.id, "home": workbench.home}
             if outcome.kept:
-                workbench.remove(outcome.id)
+                workbench.remove(outcome.id, force=True)
             yield result
         finally:
             workbench.close()

@@ -124,7 +124,7 @@ def start(workbench: Workbench, image: str, layer: Path, argv: list[str], mounts
         end, text = Exit(126, str(error)), ""
     kept = container.settle()
     if kept:
-        workbench.remove(container.id)
+        workbench.remove(container.id, force=True)
     return Outcome(text, end, kept, container.id)
 
 
@@ -226,7 +226,7 @@ else:
         assert os.listdir(work) == []
         assert os.listdir(tmp_path) == sorted(["secret", "work"]) or set(os.listdir(tmp_path)) == {"secret", "work"}
         assert run(workbench, image, ["true"], network="none").end.code == 0
-        workbench.remove(container.id)
+        workbench.remove(container.id, force=True)
         assert not os.path.exists(container.folder)
     finally:
         workbench.close()

@@ -302,7 +302,7 @@ def test_a_link_in_a_mounts_place_is_not_followed(workbench, image, tmp_path, wh
             container.start().result(timeout=30)
     container.settle()
     if container.id in {row["id"] for row in workbench.ps(every=True)}:
-        workbench.remove(container.id)
+        workbench.remove(container.id, force=True)
     assert sorted(os.listdir(victim)) == ["file", "work"]
     assert os.listdir(victim / "work") == []
 
@@ -351,7 +351,7 @@ while True:
         swapper.wait()
     assert len(outcomes) == 16
     for row in workbench.ps(every=True):
-        workbench.remove(row["id"])
+        workbench.remove(row["id"], force=True)
     assert set(os.listdir(victim)) <= {"file", "made"}
 
 

@@ -38,7 +38,7 @@ def end(workbench: Workbench, container: Container, seconds: float = 10.0) -> No
     container.kill()
     container.exited.result(timeout=seconds)
     if container.settle():
-        workbench.remove(container.id)
+        workbench.remove(container.id, force=True)
     assert time.monotonic() - begin < seconds
     assert not os.path.exists(container.folder)
 
@@ -187,7 +187,7 @@ def test_whatever_is_left_can_be_kept_listed_and_removed(image, monkeypatch, wha
         assert (outcome.end.code, outcome.text) == (0, "")
         assert outcome.kept
         assert outcome.id in {row["id"] for row in workbench.ps(every=True)}
-        workbench.remove(outcome.id)
+        workbench.remove(outcome.id, force=True)
         assert outcome.id not in os.listdir(workbench.containers.folder)
         assert not [name for name in os.listdir(workbench.containers.folder) if outcome.id in name]
     finally:
@@ -263,7 +263,7 @@ def test_nothing_outlives_a_killed_helper(workbench, image):
     assert gone(pid), text
     workbench.containers.sweep()
     for row in workbench.ps(every=True):
-        workbench.remove(row["id"])
+        workbench.remove(row["id"], force=True)
     container._close()
 
 
@@ -282,7 +282,7 @@ def test_what_outlives_helper_and_client_is_swept(workbench, image):
     assert workbench.containers.sweep() == [container.id]
     assert gone(pid)
     for row in workbench.ps(every=True):
-        workbench.remove(row["id"])
+        workbench.remove(row["id"], force=True)
     container._close()
 
 

@@ -48,7 +48,7 @@ class Unsaved:
         """Raises Conflict if there is anything. how: the way to lose it."""
         if self:
             keep = f'`jupyter workbench snapshot {self.container} -m "…"` (%container snapshot) keeps it'
-            raise Conflict(tried, f"no snapshot holds {self} of container {self.container}", f"{keep}, {how} drops it")
+            raise Conflict(tried, f"it holds {self} that no snapshot has", f"{keep}, {how} drops it")
 
 
 def unsaved(store: Store, refs: Refs, container: Container) -> Unsaved:
