@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +34,9 @@ if TYPE_CHECKING:
 
     from workbench.build.builder import Built, Options
     from workbench.history.diff import Diff
+    from workbench.history.freeze import Frozen
+    from workbench.history.graph import Row
+    from workbench.history.inventory import Inventory
     from workbench.history.log import Entry
     from workbench.history.snapshot import Snapshot
     from workbench.history.worktree import Unsaved
@@ -283,10 +285,12 @@ class Workbench(LoggingConfigurable):
         self, image: Image, argv: Sequence[str] | None, cwd: str | None, env: Mapping[str, str], terminal: bool,
         mounts: Sequence[Mount], limits: Limits | None, network: Network | None,
     ) -> spec.ContainerSpec:  # fmt: skip
-        own = spec.working_folder(cwd, homes=_homes()) if cwd else []
+        own = spec.working_folder(cwd, homes=host_settings.homes()) if cwd else []
         given = [replace(mount, source=os.path.realpath(mount.source)) for mount in mounts]
         shown = [*own, *(spec.parse_mount(text) for text in self.mounts), *given]
-        hidden, fixed = spec.guard(shown, homes=_homes(), private=self._private(), programs=_programs())
+        hidden, fixed = spec.guard(
+            shown, homes=host_settings.homes(), private=self._private(), programs=host_settings.programs()
+        )
         suite = dict(image.labels).get(SUITE_LABEL)
         settings = self.settings(suite)
         granted = parse_network(network) if network else self.network
@@ -487,6 +491,34 @@ class Workbench(LoggingConfigurable):
 
         return log.entries(self.store, self.refs, self._resolve(text))
 
+    def graph(self, text: str | None = None) -> Iterator[Row]:
+        """Histories as a drawing, row by row: of one image, or of all that names lead to. Raises as ``history``."""
+        from workbench.history import graph
+
+        return graph.draw(self.history(text) if text else graph.every(self.store, self.refs))
+
+    def inventory(self, text: str, *, unowned: bool = False) -> Inventory:
+        """The packages of an image, and files that none owns; see ``history.inventory.take``."""
+        from workbench.history import inventory
+
+        return inventory.take(self.store, self.image(text), unowned=unowned)
+
+    def freeze(
+        self, text: str, out: str = "", *, build: bool = True, with_files: bool = False, most: str | int = "64M",
+        progress: Callable[[str], None] = lambda _line: None,
+    ) -> Frozen:  # fmt: skip
+        """Turn a snapshot back into a recipe in the folder ``out``; see ``history.freeze.freeze``."""
+        from workbench.build import written
+        from workbench.history import freeze
+
+        tools = written.Tools(
+            self.store, self.settings, lambda folder: self.lock(folder, progress=progress)[1].image
+        )  # fmt: skip
+        return freeze.freeze(
+            self.store, self.image(text), text, out, tools=tools, build=build, with_files=with_files,
+            most=parse_size(most),
+        )  # fmt: skip
+
     def diff(self, one: str, other: str) -> Diff:
         """What lies between two images: packages and files. Raises NotFound, InvalidInput."""
         from workbench.history import diff
@@ -573,24 +605,6 @@ def _memory(text: str) -> int | None:
     except ValueError:
         raise InvalidInput("read Workbench.memory", f"{text!r} is no size", 'write it like "2G" or "90%"') from None
     return int(part * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
-def _homes() -> list[str]:
-    """Home folders on this host: the user's, and those of /etc/passwd (passwd(5))."""
-    homes = [os.path.expanduser("~")]
-    try:
-        with open("/etc/passwd") as file:
-            homes += [fields[5] for fields in (line.split(":") for line in file) if len(fields) > 5 and fields[5]]
-    except OSError:
-        pass
-    return [home for home in homes if os.path.isabs(home)]
-
-
-def _programs() -> Iterator[str]:
-    """Where the environment that runs us lies: what could change it there would run as the host's user."""
-    yield sys.prefix
-    yield sys.base_prefix
-    yield os.path.dirname(os.path.abspath(__file__))
 
 
 def _files(settings: Settings) -> tuple[Mount, ...]:

@@ -184,31 +184,31 @@ def _lines(lock: Lock) -> Iterator[str]:
     yield "# Written by `jupyter workbench lock`: what a build of the recipe takes and gives, to the byte."
     yield f"version = {lock.version}"
     yield f"time = {lock.time.astimezone(UTC).strftime('%Y-%m-%dT%H:%M:%SZ')}"
-    yield f"machine = {_value(lock.machine)}"
+    yield f"machine = {toml_value(lock.machine)}"
     for step in lock.steps:
         yield ""
         yield "[[steps]]"
-        yield f"name = {_value(step.name)}"
-        yield f"asks = {_value(step.asks)}"
+        yield f"name = {toml_value(step.name)}"
+        yield f"asks = {toml_value(step.asks)}"
         if step.builder:
-            yield f"builder = {_value(step.builder)}"
+            yield f"builder = {toml_value(step.builder)}"
         if step.image:
-            yield f"image = {_value(step.image)}"
+            yield f"image = {toml_value(step.image)}"
         if step.diff_id:
-            yield f"diff_id = {_value(step.diff_id)}"
+            yield f"diff_id = {toml_value(step.diff_id)}"
         if step.tool:
-            yield f"tool = {_value(_plain(step.tool))}"
+            yield f"tool = {toml_value(_plain(step.tool))}"
         packages: dict[str, Sequence[Deb | Wheel]] = {"debian": step.debian, "wheels": step.wheels}
         for key, entries in packages.items():
             if entries:
                 yield f"{key} = ["
                 for entry in sorted(entries, key=lambda each: (each.name, each.version, each.sha256)):
-                    yield f"  {_value(_plain(entry))},"
+                    yield f"  {toml_value(_plain(entry))},"
                 yield "]"
         if step.sums:
             yield "[steps.sums]"
             for path, digest in sorted(step.sums.items()):
-                yield f"{_key(path)} = {_value(digest)}"
+                yield f"{toml_key(path)} = {toml_value(digest)}"
 
 
 def _plain(entry: Deb | Wheel) -> dict[str, Any]:
@@ -216,17 +216,18 @@ def _plain(entry: Deb | Wheel) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if value not in (None, "")}
 
 
-def _value(value: Any) -> str:
+def toml_value(value: Any) -> str:
     """A value in TOML: text, number, list or inline table (toml.io, v1.0)."""
     if isinstance(value, dict):
-        inner = ", ".join(f"{_key(key)} = {_value(each)}" for key, each in value.items())
+        inner = ", ".join(f"{toml_key(key)} = {toml_value(each)}" for key, each in value.items())
         return f"{{ {inner} }}" if inner else "{}"
     if isinstance(value, list | tuple):
-        return f"[{', '.join(_value(each) for each in value)}]"
+        return f"[{', '.join(toml_value(each) for each in value)}]"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return json.dumps(value)
 
 
-def _key(text: str) -> str:
-    return text if re.fullmatch(r"[A-Za-z0-9_-]+", text) else _value(text)
+def toml_key(text: str) -> str:
+    """A key in TOML, quoted where it has to be."""
+    return text if re.fullmatch(r"[A-Za-z0-9_-]+", text) else toml_value(text)

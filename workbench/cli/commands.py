@@ -49,7 +49,7 @@ def execute(parsed: Parsed, kernelspecs: Get, *, helper: HelperClient | None = N
         bench.close()
 
 
-def _progress() -> tuple[Callable[[str], None], Callable[[], float]]:
+def build_progress() -> tuple[Callable[[str], None], Callable[[], float]]:
     """Where lines of a build go, and the seconds since now."""
     started = time.monotonic()
 
@@ -61,7 +61,7 @@ def _progress() -> tuple[Callable[[str], None], Callable[[], float]]:
 
 def build(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     """``build FOLDER``."""
-    progress, seconds = _progress()
+    progress, seconds = build_progress()
     built = bench.build(
         options.recipe, name=options.name, refresh=options.refresh, check=options.check, offline=options.offline,
         vendored=options.vendor, progress=progress,
@@ -104,7 +104,7 @@ def _verdict(built: Built, checked: bool) -> Iterator[str]:
 
 def lock(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     """``lock FOLDER``."""
-    progress, seconds = _progress()
+    progress, seconds = build_progress()
     path, built = bench.lock(options.recipe, refresh=options.refresh, vendor=options.vendor, progress=progress)
     image = built.image
     if image.kernel is not None:

@@ -59,13 +59,20 @@ def _the_only(bench: Workbench) -> str:
 
 
 def log(bench: Workbench, options: Any, _: Get) -> int:
-    """``log IMAGE``."""
+    """``log IMAGE``, ``log --all``."""
+    if bool(options.image) == options.all:
+        raise InvalidInput("show a history", "it wants an image, or --all, and not both", "see `log --help`")
     entries: list[Entry] = []
-    for entry in bench.history(options.image):
+    lines: list[str] = []
+    drawn = options.graph or options.all
+    for lead, entry in bench.graph(options.image) if drawn else (("", entry) for entry in bench.history(options.image)):
         if options.number is not None and len(entries) >= options.number:
             break
-        entries.append(entry)
-    if options.json:
+        entries += [entry] if entry else []
+        lines.append(f"{lead} {entry.id[7:19]}{_names(entry)} {entry.summary}" if entry else lead)
+    if options.graph and not options.json:
+        print("\n".join(lines))
+    elif options.json:
         show.as_json([asdict(entry) for entry in entries])
     elif options.oneline:
         for entry in entries:
@@ -123,6 +130,7 @@ def _print(found: Diff, options: Any) -> None:
         rows = [
             {"package": row.name, "kind": row.kind, "before": row.before or "-", "after": row.after or "-",
              "place": row.place}
+            | ({"from": row.origin} if any(row.origin for row in found.packages) else {})
             for row in found.packages
         ]  # fmt: skip
         print(show.table(rows))

@@ -182,7 +182,11 @@ def _branch(parser: argparse.ArgumentParser) -> None:
 
 
 def _log(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", metavar="IMAGE", help="a name, an ID, or a revision such as name~2 or name@{1}")
+    parser.add_argument(
+        "image", metavar="IMAGE", nargs="?", help="a name, an ID, or a revision such as name~2 or name@{1}"
+    )
+    parser.add_argument("--all", action="store_true", help="the histories of all names in place of one")
+    parser.add_argument("--graph", action="store_true", help="draw where they fork, one line for each")
     parser.add_argument("-n", dest="number", metavar="N", type=int, help="at most so many")
     parser.add_argument("--oneline", action="store_true", help="one line for each")
     _json(parser)
@@ -203,6 +207,21 @@ def _diff(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("one", metavar="ONE", help="a name, an ID or a revision")
     parser.add_argument("other", metavar="OTHER", help="what it is compared with")
     _files(parser)
+
+
+def _inventory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE", help="a name, an ID or a revision")
+    parser.add_argument("--unowned", action="store_true", help="files that no package owns, in place of packages")
+    _json(parser)
+
+
+def _freeze(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", metavar="IMAGE", help="a name, an ID or a revision")
+    parser.add_argument("-o", "--output", metavar="DIR", help="a new or empty folder (default: IMAGE-frozen)")
+    parser.add_argument("--no-build", action="store_true", help="only write recipe.toml: no lock, and no comparison")
+    parser.add_argument("--with-files", action="store_true", help="files that no package owns, or that were changed")
+    parser.add_argument("--most", metavar="SIZE", default="64M", help="of these at most so much (64M)")
+    _json(parser)
 
 
 def _tag(parser: argparse.ArgumentParser) -> None:
@@ -299,13 +318,29 @@ COMMANDS: dict[str, Command] = {
     ),
     "log": Command(
         "show the history of an image", _log, "workbench.cli.history:log",
-        examples=(("log plots", "each snapshot with author, date and message"), ("log -n 5 --oneline plots", "")),
+        examples=(("log plots", "each snapshot with author, date and message"), ("log -n 5 --oneline plots", ""),
+                  ("log --graph --all", "what stands on what")),
     ),
     "show": Command("show an image and what it changed", _show, "workbench.cli.history:show_image"),
     "diff": Command(
         "show what lies between two images", _diff, "workbench.cli.history:diff",
         "Packages first (Debian's, Python's, R's), then files.",
         (("diff plots~1 plots", "what the last snapshot changed"), ("diff --name-status python plots", "every file")),
+    ),
+    "inventory": Command(
+        "list the packages of an image, and where they came from", _inventory, "workbench.cli.inventory:inventory",
+        "Packages of Debian, Python, R and conda in every environment of an image, read from\n"
+        "its files: nothing of it is run. With --unowned the files that no package owns; of a\n"
+        "snapshot those that were not there when it was built.",
+        (("inventory plots", "what `pip list` and `dpkg -l` would say"), ("inventory plots --unowned", "")),
+    ),
+    "freeze": Command(
+        "turn a snapshot back into a recipe", _freeze, "workbench.cli.inventory:freeze",
+        "Write a recipe that stands on what the snapshot was built from and adds its packages\n"
+        "with their exact versions; build it, lock it, and hold the result against the\n"
+        "snapshot. What a recipe cannot say is told by name.",
+        (("freeze plots", "into the folder plots-frozen"),
+         ("freeze plots -o recipes/plots --with-files", "with the files beside the packages")),
     ),
     "tag": Command("give an image another name", _tag, "workbench.cli.history:tag"),
     "export": Command(

@@ -282,3 +282,24 @@ def _uv_table(table: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
             yield variable, value
         elif isinstance(value, list):
             yield variable, " ".join(str(item) for item in value)
+
+
+# What of the host no container may see or change
+
+
+def homes() -> list[str]:
+    """Home folders on this host: the user's, and those of /etc/passwd (passwd(5))."""
+    found = [os.path.expanduser("~")]
+    try:
+        with open("/etc/passwd") as file:
+            found += [fields[5] for fields in (line.split(":") for line in file) if len(fields) > 5 and fields[5]]
+    except OSError:
+        pass
+    return [home for home in found if os.path.isabs(home)]
+
+
+def programs() -> Iterator[str]:
+    """Where the environment that runs us lies: what could change it there would run as the host's user."""
+    yield sys.prefix
+    yield sys.base_prefix
+    yield os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -281,13 +281,13 @@ def _without_time(header: bytes) -> bytes:
     return tar.header(entry)
 
 
-def shown_pieces(raw: bytes, shown: Shown) -> Iterator[bytes]:
-    """``pieces`` of what a view shows at a path, without a folder's time."""
+def shown_pieces(raw: bytes, shown: Shown, *, times: bool = True) -> Iterator[bytes]:
+    """``pieces`` of what a view shows at a path, without a folder's time. times: with that of others."""
     assert shown.found is not None
     fd = os.open(shown.path if shown.is_folder else os.path.dirname(shown.path), os.O_RDONLY | os.O_DIRECTORY)
     try:
         name = os.fsencode(os.path.basename(shown.path))
-        yield from pieces(raw, fd, name, shown.found, folder_time=shown.is_folder)
+        yield from pieces(raw, fd, name, shown.found, folder_time=shown.is_folder or not times)
     finally:
         os.close(fd)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.history import inventory
 from workbench.history.capture import equal, shown_pieces
@@ -15,18 +15,26 @@ from workbench.images.view import Shown, View, is_opaque
 from workbench.linux import userns
 from workbench.model import Image
 
+if TYPE_CHECKING:
+    import pandas
+
 Kind = Literal["A", "D", "M"]
 
 
 @dataclass(frozen=True, slots=True)
 class PackageChange:
-    """A package that came, went (its version is empty then) or changed. kind: ``deb``, ``python`` or ``r``."""
+    """A package that came, went (its version is empty then) or changed. kind: see ``inventory.Package``.
+
+    origin: where the later one came from, where an index of its kind does not say all: ``editable``, ``vcs``, ``url``,
+    ``folder``…, with the address.
+    """
 
     kind: str
     name: str
     before: str
     after: str
     place: str
+    origin: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,41 +54,73 @@ class Diff:
     packages: tuple[PackageChange, ...]
     files: tuple[FileChange, ...]
 
+    def frame(self, what: Literal["packages", "files"] = "packages") -> pandas.DataFrame:
+        """Packages or files as a table, a row for each change; kinds are categories, bytes are whole numbers.
 
-def between(store: Store, one: Image, other: Image) -> Diff:
-    """From the first to the second. Layers that both have in common are not looked at. Raises NotFound, HostLacks."""
-    shared = 0
-    while shared < min(len(one.diff_ids), len(other.diff_ids)) and one.diff_ids[shared] == other.diff_ids[shared]:
-        shared += 1
-    trees = [[str(store.layer(diff_id)) for diff_id in reversed(image.diff_ids)] for image in (one, other)]
-    found = userns.call("workbench.history.diff:compare", *trees, shared)
+        Files have ``grown``, their bytes after less those before, and ``folder``, as far down as three names.
+        """
+        import pandas
+
+        if what == "packages":
+            rows, columns = [asdict(row) for row in self.packages], list(PackageChange.__dataclass_fields__)
+            return pandas.DataFrame(rows, columns=columns).astype({"kind": "category"})
+        rows, columns = [asdict(row) for row in self.files], list(FileChange.__dataclass_fields__)
+        frame = pandas.DataFrame(rows, columns=columns).astype({"before": "int64", "after": "int64"})
+        frame["kind"] = pandas.Categorical(frame["kind"], categories=["A", "M", "D"])
+        frame["grown"] = frame["after"] - frame["before"]
+        frame["folder"] = ["/" + "/".join(path.split("/")[:-1][:3]) for path in frame["path"]]
+        return frame
+
+
+def between(store: Store, one: Image, other: Image, *, times: bool = True) -> Diff:
+    """From the first to the second. Layers that both have in common are not looked at. times: whether a file that is
+    only of another time is another. Raises NotFound, HostLacks."""
+    trees = [inventory.trees_of(store, image) for image in (one, other)]
+    found = userns.call("workbench.history.diff:compare", *trees, common(one, other), times)
     return Diff(
         tuple(PackageChange(*row) for row in found["packages"]), tuple(FileChange(*row) for row in found["files"])
     )
 
 
-def compare(one: list[str], other: list[str], shared: int) -> dict[str, Any]:
+def common(one: Image, other: Image) -> int:
+    """How many of their lowest layers are the same."""
+    pairs = zip(one.diff_ids, other.diff_ids, strict=False)
+    return next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(one.diff_ids), len(other.diff_ids)))
+
+
+def compare(one: list[str], other: list[str], shared: int, times: bool = True) -> dict[str, Any]:
     """``between`` on trees, highest first, of which the lowest ``shared`` are the same; through ``userns.call``."""
     views = View(one), View(other)
-    look = _Look(*views)
+    look = _Look(*views, times)
     for tree in {*one[: len(one) - shared], *other[: len(other) - shared]}:
         for raw, at, _, found in walk(tree):
             path = os.fsdecode(raw)
             if path:
                 look.at(path, everything=stat.S_ISDIR(found.st_mode) and is_opaque(at))
-    before, after = (inventory.packages(view) for view in views)
-    packages = [
-        (*key[:2], before.get(key, ""), after.get(key, ""), key[2])
-        for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)
-    ]  # fmt: skip
-    return {"packages": packages, "files": sorted(look.found.values(), key=lambda row: row[1])}
+    before, after = ({package.key: package for package in inventory.packages(view)} for view in views)
+    return {
+        "packages": [
+            (kind, name, old.version if old else "", new.version if new else "", place, (new or old or _NOBODY).told)
+            for kind, name, place in sorted(before.keys() | after.keys())
+            if says(old := before.get((kind, name, place))) != says(new := after.get((kind, name, place)))
+        ],
+        "files": sorted(look.found.values(), key=lambda row: row[1]),
+    }
+
+
+_NOBODY = inventory.Package("", "", "")
+
+
+def says(package: inventory.Package | None) -> tuple[str, str] | None:
+    """What makes it another package: who installed it does not."""
+    return (package.version, package.told) if package else None
 
 
 class _Look:
     """Compares paths of two views, each once."""
 
-    def __init__(self, one: View, other: View) -> None:
-        self.one, self.other = one, other
+    def __init__(self, one: View, other: View, times: bool) -> None:
+        self.one, self.other, self.times = one, other, times
         self.found: dict[str, tuple[Kind, str, int, int]] = {}
         self.done: set[str] = set()
 
@@ -102,7 +142,7 @@ class _Look:
                 self._note("A", path, before, after)
             elif after.found is None:
                 self._note("D", path, before, after)
-            elif not equal(*(shown_pieces(os.fsencode(path), side) for side in (before, after))):
+            elif not equal(*(shown_pieces(os.fsencode(path), side, times=self.times) for side in (before, after))):
                 self._note("M", path, before, after)
 
     def _note(self, kind: Kind, path: str, before: Shown, after: Shown) -> None:

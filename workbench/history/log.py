@@ -69,20 +69,32 @@ def resolve(store: Store, refs: Refs, text: str) -> str:
     return image_id
 
 
-def entries(store: Store, refs: Refs, image_id: str) -> Iterator[Entry]:
+def chain(store: Store, image: Image) -> Iterator[Image]:
     """An image and those that it stands on, the newest first; the last one was built, or its parent is not here."""
-    names: dict[str, list[str]] = {}
-    for name, target in refs.all().items():
-        names.setdefault(target, []).append(name.removesuffix(":latest"))
-    seen = set()
-    while image_id and image_id not in seen:
-        seen.add(image_id)
+    seen = {image.id}
+    yield image
+    while image.parent and image.parent not in seen:
+        seen.add(image.parent)
         try:
-            image = store.image(image_id)
+            image = store.image(image.parent)
         except WorkbenchError:
             return
-        yield entry(store, image, tuple(names.get(image_id, ())))
-        image_id = image.parent
+        yield image
+
+
+def names_of(refs: Refs) -> dict[str, tuple[str, ...]]:
+    """The names at each image."""
+    names: dict[str, tuple[str, ...]] = {}
+    for name, target in refs.all().items():
+        names[target] = (*names.get(target, ()), name.removesuffix(":latest"))
+    return names
+
+
+def entries(store: Store, refs: Refs, image_id: str) -> Iterator[Entry]:
+    """An image and those that it stands on, the newest first; the last one was built, or its parent is not here."""
+    names = names_of(refs)
+    for image in chain(store, store.image(image_id)):
+        yield entry(store, image, names.get(image.id, ()))
 
 
 def entry(store: Store, image: Image, names: tuple[str, ...] = ()) -> Entry:
