@@ -34,18 +34,20 @@ _INDEX = f"{IN}/index"
 _DEFAULT_INDEX = "https://pypi.org/simple"
 _TOOL = "uv"
 
-# What is in the environment below, if there is one, stays as it is: another version of it would lie in two layers.
+# What is in the environment below, if there is one, stays as it is, for another version of it would lie in two layers;
+# but for what the recipe wants in just one version. (An editable install, -e, constrains nothing.)
 _RESOLVE = r"""
 set -eu
 uv=$1; shift
 printf '%s\n' "$@" > /tmp/wanted.txt
 : > /tmp/constraints.txt
+: > OUT/below.txt
 python=/usr/bin/python3
 if [ -x /opt/venv/bin/python ]; then
   python=/opt/venv/bin/python
-  "$uv" pip freeze --python "$python" > /tmp/constraints.txt
+  "$uv" pip freeze --python "$python" > OUT/below.txt
+  grep -v -i -E "^(-e|$EXACT) " OUT/below.txt | grep -v -i -E "^($EXACT)==" > /tmp/constraints.txt || true
 fi
-cp /tmp/constraints.txt OUT/below.txt
 [ ! -f IN/old.toml ] || cp IN/old.toml OUT/pylock.toml
 "$uv" pip compile --python "$python" $NO_BUILD --format pylock.toml --no-header --no-annotate \
   --constraints /tmp/constraints.txt --output-file OUT/pylock.toml --quiet /tmp/wanted.txt
@@ -123,10 +125,10 @@ class Python:
             found = self._compile(site, old, host, version, out, build=True)
         for entry in found:
             self._as_indexed(site, entry)
-        below = {name for name, _ in _pins(read_out(out, "below.txt").decode("utf-8", "replace"))}
+        below = set(_pins(read_out(out, "below.txt").decode("utf-8", "replace")))
         wheels = []
         for entry in found:
-            if project_name(entry["name"]) in below:
+            if (project_name(entry["name"]), entry.get("version")) in below:
                 continue
             wheels.append(self._choose(entry, site) or self._build(site, entry, host))
         tool = next((self._choose(entry, site) for entry in _entries(out, "pylock.tool.toml")), None)
@@ -142,6 +144,7 @@ class Python:
         shared = site.trusted and not build
         env = _environment() | {
             "UV_VERSION": version.split()[-1], "NO_BUILD": "" if build else "--no-build",
+            "EXACT": "|".join(self._exact()) or "-",
             "UV_CACHE_DIR": _UV_CACHE if shared else "/tmp/uv-cache",
         }  # fmt: skip
         mounts = [Mount(uv, _UV, read_only=True), Mount(str(out), OUT)]
@@ -277,6 +280,14 @@ class Python:
         for text in self.asks["packages"]:
             if (url := Requirement(text).url) is not None:
                 yield urldefrag(url)[0]
+
+    def _exact(self) -> Iterator[str]:
+        """What the recipe wants in one version and no other."""
+        from packaging.requirements import Requirement
+
+        for wanted in map(Requirement, self.asks["packages"]):
+            if wanted.url or any(one.operator == "==" and "*" not in one.version for one in wanted.specifier):
+                yield project_name(wanted.name)
 
     @staticmethod
     def _uv(locked: StepLock, taken: Mapping[str, Path], site: Site) -> str:

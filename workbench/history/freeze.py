@@ -29,7 +29,7 @@ from workbench.model import BuildFailed, Conflict, Image
 VENV = "/opt/venv"
 #: So many files go along with a recipe at the most.
 MOST_FILES = 2000
-_USERS = re.compile(r"etc/(?:passwd|group|shadow|gshadow|subuid|subgid)-?")
+_USERS = re.compile(r"etc/(?:passwd|group|shadow|gshadow|subuid|subgid)")
 #: Of a Debian package what a recipe can name (Debian policy 5.6.12).
 _VERSION = re.compile(r"[A-Za-z0-9.+:~-]+")
 _IPYKERNEL = re.compile(r"ipykernel\b")
@@ -174,7 +174,7 @@ class _Freeze:
         new, gone = ([Package(*row) for row in found[which]] for which in ("new", "gone"))
         done = {package.key for package in new if self._express(package)} | {("venv", VENV, "")}
         self._remove(gone)
-        rows = (_Row(*row, owner=tuple(owner)) for *row, owner in found["files"])
+        rows = (_Row(**row | {"owner": tuple(row["owner"])}) for row in found["files"])
         self.rows = [row for row in rows if row.owner not in done]
         result = self._made(build)
         if with_files and self._take(most):
@@ -359,9 +359,11 @@ def summary(lost: Iterable[Lost], most: int = 5) -> Iterator[str]:
     for one in lost:
         kinds.setdefault(one.kind, []).append(one)
     for kind, ones in kinds.items():
-        names = [f"{one.name} ({one.why})" if one.why else one.name for one in ones[:most]]
+        whys = {one.why for one in ones}
+        names = [f"{one.name} ({one.why})" if one.why and len(whys) > 1 else one.name for one in ones[:most]]
         more = f" and {len(ones) - most} more" if len(ones) > most else ""
-        yield f"{len(ones)} {_WORDS[kind][len(ones) > 1]}: {', '.join(names)}{more}"
+        why = f" ({whys.pop()})" if len(whys) == 1 and "" not in whys else ""
+        yield f"{len(ones)} {_WORDS[kind][len(ones) > 1]}: {', '.join(names)}{more}{why}"
 
 
 # Where files of layers can be read; through ``userns.call``
@@ -392,7 +394,7 @@ def look(below: list[str], trees: list[str], shared: int) -> dict[str, Any]:
             word = "unowned" if not owner else "package" if owner in changed or owner[0] == "venv" else "changed"
         link = os.readlink(shown.path) if shown.found and stat.S_ISLNK(shown.found.st_mode) else ""
         why = "" if word == "removed" and path.isprintable() else _hindrance(path, word, shown)
-        rows.append([word, path, after if side else before, link, why, owner])
+        rows.append(asdict(_Row(word, path, after if side else before, link, why, owner)))
     return {
         "new": [list(asdict(new[key]).values()) for key in sorted(changed)],
         "gone": [list(asdict(old[key]).values()) for key in sorted(gone)], "files": rows,

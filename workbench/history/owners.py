@@ -27,6 +27,7 @@ MOST = 20_000
 _BY_ITSELF = re.compile(
     r"(?:.*/)?__pycache__/.*|.*\.py[co]"
     r"|etc/(?:ld\.so\.cache|alternatives/.*|mailcap|machine-id|\.pwd\.lock|ssl/certs/.*|hostname|hosts|resolv\.conf)"
+    r"|etc/(?:passwd|group|shadow|gshadow|subuid|subgid)-"
     r"|etc/(?:rc[0-6S]\.d|systemd/system/[^/]+\.wants|fonts/conf\.d|mtab|localtime|timezone|shells)(?:/.*)?"
     r"|var/(?:lib/(?:dpkg|apt|ucf|pam|systemd|dbus|man-db|xml-core|sgml-base|emacsen-common|ieee-data|python|aspell)"
     r"|cache|log|backups|tmp|mail|spool)(?:/.*)?"
