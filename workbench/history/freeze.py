@@ -259,7 +259,7 @@ class _Freeze:
             os.unlink(place / path)
         left += [replace(row, why="it holds a private key") for row in wanted if row.path in secret]
         self.files = {f"/{path}": f"files/{path}" for path in paths if path not in secret}
-        self.scripts += lines
+        self.scripts += dict.fromkeys(lines)
         self.taken, self.rows = len(self.rows) - len(left), left
         return self.taken > 0
 
@@ -313,7 +313,7 @@ class _Freeze:
         unlike = {_label(row.name, row.before) for row in between.packages if row.before}
         self.packages = [one for one in self.packages if one.name in unlike]
         files = [row for row in between.files if counts(row.path)]
-        paths = {row.path for row in files}
+        paths = {row.path for row in between.files}
         self.rows = [row for row in self.rows if row.path in paths]  # packages have made the others
         more = sum(row.kind == "A" for row in files)
         gone = sum(bool(row.before) for row in between.packages)
@@ -384,7 +384,11 @@ def look(below: list[str], trees: list[str], shared: int) -> dict[str, Any]:
         side = int(kind != "D")
         shown = views[side].find(path)
         owner = owners[side].of(path) or ()
-        if not counts(path) or is_alternative(shown) or (kind == "D" and owner in changed | gone):
+        if kind == "D" and owner in changed | gone:
+            continue
+        if not counts(path) and not (is_note(path) and owner in changed):  # with a package that goes along its notes do
+            continue
+        if is_alternative(shown):
             continue
         if _USERS.fullmatch(path):
             word = "users"

@@ -208,7 +208,7 @@ def _environments(view: View, found: list[Package]) -> Iterator[Environment]:
     places: dict[str, str] = {}
     for place in _places(view):
         if place.endswith("-packages"):
-            places.setdefault(prefix(place), place)
+            places[prefix(place)] = place  # which tells Python's version
         elif place.endswith(("pyvenv.cfg", "conda-meta")):
             places.setdefault(f"/{place}".rpartition("/")[0], place)
     for package in found:
