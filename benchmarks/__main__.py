@@ -70,14 +70,14 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _wants_podman(only: str) -> bool:
-    return any(only in name for name in ("first", "process", "builds"))
+    return any(only in name for name in ("first", "process", "builds", "history"))
 
 
 def _line(figure: Figure) -> str:
     peer = f" / {figure.peer:.1f}" if figure.peer is not None else ""
     ratio = f" = {figure.ratio:.3f}" if figure.ratio is not None else ""
-    return (f"{figure.figure}: {figure.ours:.1f}{peer} {figure.unit}{ratio}, goal {figure.goal}"
-            f"{'' if figure.holds else '  MISSED'}")  # fmt: skip
+    goal = f", goal {figure.goal}{'' if figure.holds else '  MISSED'}" if figure.goal else ""
+    return f"{figure.figure}: {figure.ours:.1f}{peer} {figure.unit}{ratio}{goal}"
 
 
 def _as_account(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
             "peer": f"{row['peer']:.1f} {row['unit']}" if row["peer"] is not None else "",
             "ratio": f"{row['ratio']:.3f}" if row["ratio"] is not None else "",
             "quartiles": f"{row['spread'][0]:.3g} - {row['spread'][1]:.3g}",
-            "n": row["count"], "goal": row["goal"], "holds": "yes" if row["holds"] else "NO",
+            "n": row["count"], "goal": row["goal"], "holds": ("yes" if row["holds"] else "NO") if row["goal"] else "",
         }
         for row in rows
     ]  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.measure import Figure, bounded, compare, timed
-from benchmarks.peers import Podman, tried
+from benchmarks.peers import Podman, checked
 from benchmarks.scene import TOP, Scene
 from workbench.images import config
 from workbench.linux import userns
@@ -80,9 +79,9 @@ def _by_podman(scene: Scene, podman: Podman, count: int) -> tuple[list[float], f
                            "--tag=bench-build", str(folder))  # fmt: skip
     seconds = []
     for _ in range(count):
-        seconds.append(timed(lambda: _checked(command)))
+        seconds.append(timed(lambda: checked(command)))
     archive = folder / "image.tar"
-    _checked(podman.save("bench-build", str(archive)))
+    checked(podman.save("bench-build", str(archive)))
     size = 0
     shutil.unpack_archive(archive, folder / "image", "tar")
     for entry in json.loads((folder / "image" / "manifest.json").read_text())[0]["Layers"]:
@@ -98,11 +97,6 @@ def _base(scene: Scene, podman: Podman) -> str:
     image = store.add_image(data)
     podman.take(replace(scene, image=image))
     return image.id.removeprefix("sha256:")
-
-
-def _checked(command: list[str]) -> None:
-    if said := tried(command):
-        raise RuntimeError(f"{re.sub('--[a-z]+ /[^ ]+ ', '', ' '.join(command))[:80]}: {said}")
 
 
 def _shared(scene: Scene) -> Figure:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import builds, kernels
+from benchmarks import builds, history, kernels
 from benchmarks.measure import Figure, bounded, by_turns, compare, timed
 from benchmarks.peers import Crun, Podman
 from benchmarks.scene import OURS, PLAIN, TOP, Scene, say, stage
@@ -31,9 +31,13 @@ class Effort:
     memory: int = 20
     builds: int = 2
     tensorflow: int = 8
+    rounds: int = 4
+    pairs: int = 15
 
 
-QUICK = Effort(starts=5, true=15, processes=4, fiftieth=3, loops=5, blocks=6, memory=10, builds=1, tensorflow=3)
+QUICK = Effort(
+    starts=5, true=15, processes=4, fiftieth=3, loops=5, blocks=6, memory=10, builds=1, tensorflow=3, rounds=1, pairs=5
+)
 
 
 def first_results(scene: Scene, podman: Podman | None, effort: Effort) -> Iterator[Figure]:
@@ -250,6 +254,7 @@ def every(scene: Scene, podman: Podman | None, effort: Effort, chosen: str) -> I
         "disk": lambda: disk(scene),
         "tensorflow": lambda: tensorflow(scene, effort),
         "builds": lambda: builds.builds(scene, podman, effort.builds),
+        "history": lambda: history.history(scene, podman, effort.rounds, effort.pairs),
     }
     for name, group in groups.items():
         if chosen in name:

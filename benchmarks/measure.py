@@ -76,3 +76,8 @@ def bounded(name: str, values: Sequence[float], most: float, unit: str) -> Figur
     """A figure without a peer: its median is to be at most ``most``."""
     middle = statistics.median(values)
     return Figure(name, middle, None, unit, None, quartiles(values), f"<= {most:g} {unit}", middle <= most, len(values))
+
+
+def shown(name: str, values: Sequence[float], unit: str) -> Figure:
+    """A figure without a peer and without a goal."""
+    return Figure(name, statistics.median(values), None, unit, None, quartiles(values), "", True, len(values))

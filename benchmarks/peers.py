@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scene import Scene, say
+from workbench.linux import userns
 
 _HUGETLB = "/sys/fs/cgroup/hugetlb"
 
@@ -27,10 +29,22 @@ def tried(command: Sequence[str], timeout: float = 300) -> str:
     """Runs a command; empty when it went well, else the last line that it said."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
                           check=False)  # fmt: skip
-    if done.returncode == 0:
-        return ""
+    return _last_line(done) if done.returncode else ""
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
     lines = (done.stderr or done.stdout).strip().splitlines()
     return lines[-1] if lines else f"exit code {done.returncode}"
+
+
+def checked(command: Sequence[str], **options: Any) -> None:
+    """Runs a command that has to go well (options: as ``subprocess.run``'s). Raises RuntimeError."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL, check=False, **options
+    )  # fmt: skip
+    if done.returncode:
+        shown = re.sub("--[a-z]+ /[^ ]+ ", "", " ".join(command))[:80]
+        raise RuntimeError(f"{shown}: {_last_line(done)}")
 
 
 @contextlib.contextmanager
@@ -71,15 +85,19 @@ class Podman:
             raise RuntimeError("podman is not installed; `make bench` does that")
         self._base = scene.base / "podman"
         self._base.mkdir()
-        places = {name: str(self._base / name) for name in ("root", "runroot", "tmpdir")}
-        self._program = [
-            program, *(word for name, place in places.items() for word in (f"--{name}", place)),
-            "--storage-driver=overlay", "--cgroup-manager=cgroupfs", "--log-level=error",
-        ]  # fmt: skip
+        self._program = self._over(program, self._base)
         self._options: list[str] = []
         self._groups = set(glob.glob("/sys/fs/cgroup/*/libpod_parent"))
         self.image = scene.image.id.removeprefix("sha256:")
         self.said = "podman"
+
+    def _over(self, program: str, base: Path) -> list[str]:
+        """The beginning of a command line with storage below a folder."""
+        places = {"root": base / "root", "runroot": base / "runroot", "tmpdir": self._base / "tmpdir"}
+        return [
+            program, *(word for name, place in places.items() for word in (f"--{name}", str(place))),
+            "--storage-driver=overlay", "--cgroup-manager=cgroupfs", "--log-level=error",
+        ]  # fmt: skip
 
     def load(self, scene: Scene) -> None:
         """Hand the image over as an OCI layout, and find out how this host can run it."""
@@ -117,6 +135,31 @@ class Podman:
     def save(self, image: str, path: str) -> list[str]:
         """A command line that writes an image in Docker's form."""
         return [*self._program, "save", "--output", path, image]
+
+    @contextlib.contextmanager
+    def elsewhere(self, path: str) -> Iterator[list[str]]:
+        """A command line that loads an archive into a storage that is empty, and gone afterwards."""
+        base = self._base / "elsewhere"
+        program = self._over(self._program[0], base)
+        try:
+            checked([*program, "images"])  # what it makes once is there
+            yield [*program, "load", "--input", path]
+        finally:
+            if os.geteuid() == 0:
+                tried(["umount", "--lazy", str(base / "root" / "overlay")])
+            userns.call("workbench.linux.trees:remove", str(base))
+
+    def commit(self, container: str, image: str, *, pause: bool) -> list[str]:
+        """A command line that makes an image of what a container changed."""
+        return [*self._program, "commit", "--quiet", f"--pause={str(pause).lower()}", container, image]
+
+    def forget(self, image: str) -> None:
+        """Take an image away."""
+        checked([*self._program, "rmi", "--force", image])
+
+    def can_pause(self, container: str) -> bool:
+        """Whether a running container can be made to stand still."""
+        return not tried([*self._program, "pause", container]) and not tried([*self._program, "unpause", container])
 
     def run(self, *options: str, command: Sequence[str]) -> list[str]:
         """A command line."""

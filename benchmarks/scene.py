@@ -154,6 +154,11 @@ def _entered(tree: Path, shown: Sequence[Path]) -> Iterator[tuple[str, ...]]:
 def _kernelspecs(scene: Scene) -> None:
     assert scene.image.kernel is not None
     write_kernelspec(scene.base, PLAIN + scene.mark, {"argv": scene.plain(*scene.image.kernel.argv)})
+    ours_kernelspec(scene)
+
+
+def ours_kernelspec(scene: Scene) -> None:
+    """The kernelspec of the scene's image, in a container."""
     config = {"image": scene.image.id, "home": scene.workbench.home}
     provisioner = {"provisioner_name": "workbench", "config": config}
     metadata = {"kernel_provisioner": provisioner}
