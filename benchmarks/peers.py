@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scene import Scene, say
-from workbench.linux import userns
 
 _HUGETLB = "/sys/fs/cgroup/hugetlb"
 
@@ -85,6 +84,7 @@ class Podman:
             raise RuntimeError("podman is not installed; `make bench` does that")
         self._base = scene.base / "podman"
         self._base.mkdir()
+        self._bases = [self._base]
         self._program = self._over(program, self._base)
         self._options: list[str] = []
         self._groups = set(glob.glob("/sys/fs/cgroup/*/libpod_parent"))
@@ -136,26 +136,16 @@ class Podman:
         """A command line that writes an image in Docker's form."""
         return [*self._program, "save", "--output", path, image]
 
-    @contextlib.contextmanager
-    def elsewhere(self, path: str) -> Iterator[list[str]]:
-        """A command line that loads an archive into a storage that is empty, and gone afterwards."""
-        base = self._base / "elsewhere"
-        program = self._over(self._program[0], base)
-        try:
-            checked([*program, "images"])  # what it makes once is there
-            yield [*program, "load", "--input", path]
-        finally:
-            if os.geteuid() == 0:
-                tried(["umount", "--lazy", str(base / "root" / "overlay")])
-            userns.call("workbench.linux.trees:remove", str(base))
+    def load_elsewhere(self, path: str) -> list[str]:
+        """A command line that loads an archive into an empty storage of its own."""
+        self._bases.append(self._base / f"load{len(self._bases)}")
+        program = self._over(self._program[0], self._bases[-1])
+        checked([*program, "images"])  # what it makes once is there
+        return [*program, "load", "--input", path]
 
     def commit(self, container: str, image: str, *, pause: bool) -> list[str]:
         """A command line that makes an image of what a container changed."""
         return [*self._program, "commit", "--quiet", f"--pause={str(pause).lower()}", container, image]
-
-    def forget(self, image: str) -> None:
-        """Take an image away."""
-        checked([*self._program, "rmi", "--force", image])
 
     def can_pause(self, container: str) -> bool:
         """Whether a running container can be made to stand still."""
@@ -176,7 +166,8 @@ class Podman:
             with contextlib.suppress(OSError, ValueError):
                 os.kill(int(file.read_text()), signal.SIGKILL)
         if os.geteuid() == 0:
-            tried(["umount", "--lazy", str(self._base / "root" / "overlay")])
+            for base in self._bases:
+                tried(["umount", "--lazy", str(base / "root" / "overlay")])
             time.sleep(1)  # what podman leaves behind to tidy up after each container has done so by then
             for group in set(glob.glob("/sys/fs/cgroup/*/libpod_parent")) - self._groups:
                 _remove_folders(group)

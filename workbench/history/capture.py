@@ -74,7 +74,7 @@ def capture(upper: str, lowers: list[str], out: str, index: str, new_index: str,
     finally:
         os.close(fd)
     with clear_errors("write a snapshot", new_index), open(new_index, "x") as file:
-        json.dump({"entries": work.now}, file)
+        file.write(json.dumps({"entries": work.now}))  # in C, unlike json.dump
         file.flush()
         os.fsync(file.fileno())
     return found | {
