@@ -148,6 +148,52 @@ def test_a_moment_of_what_is_being_written(workbench: Workbench, image: str) -> 
         workbench.remove(container.id, force=True)
 
 
+MAPPED = """
+import mmap, os, sys
+size = 6 << 20
+files = []
+for name in ("a", "b"):
+    file = open(f"/opt/{name}", "w+b")
+    file.write(os.urandom(size - 16) + bytes(16))
+    file.flush()
+    files.append(mmap.mmap(file.fileno(), size))
+number = 0
+while True:
+    number += 1
+    for mapped in files:
+        for at in (0, size - 8):
+            mapped[at : at + 8] = number.to_bytes(8, "little")
+    if number % 1000 == 0:
+        with open("/opt/c", "w") as file:
+            file.write("c" * (number % 5000))
+        os.rename("/opt/c", f"/opt/d{number % 3}")
+    if number == 1000:
+        print("going", flush=True)
+"""
+
+
+def test_a_moment_of_what_is_written_through_memory(workbench: Workbench, image: str) -> None:
+    """Much that is read ahead, while it changes in the middle and at the end, with and without a snapshot before."""
+    container = workbench.create(image, argv=["/usr/bin/python3", "-c", MAPPED], cwd=None, network="none")
+    container.start().result(timeout=30)
+    try:
+        until = time.monotonic() + 20
+        while "going" not in Path(container.log).read_text():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        for _ in range(5):
+            taken = workbench.snapshot(container.id, message="in the middle of it", name="mapped")
+            assert taken.image is not None
+            tree = workbench.store.layer(taken.image.diff_ids[-1])
+            datas = [(tree / "opt" / name).read_bytes() for name in ("a", "b")]
+            values = [int.from_bytes(data[at : at + 8], "little") for data in datas for at in (0, len(data) - 8)]
+            assert values == sorted(values, reverse=True) and values[0] - values[-1] in (0, 1), values
+    finally:
+        container.kill()
+        container.exited.result(timeout=20)
+        workbench.remove(container.id, force=True)
+
+
 def test_two_at_once(live: Live, workbench: Workbench) -> None:
     """Each sees a moment; what one has taken the other does not take again."""
     live.ask(do="mutate", seed=1, rounds=60)

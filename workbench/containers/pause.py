@@ -38,7 +38,10 @@ def guard(container_id: str, init: int) -> Iterator[int]:
 
 @contextmanager
 def paused(fd: int) -> Iterator[None]:
-    """Until the end of the block nothing in the container runs. fd: the guard's. Raises Conflict."""
+    """Until the end of the block nothing in the container runs. fd: the guard's, for any number of times.
+
+    Raises Conflict.
+    """
     with socket.socket(fileno=os.dup(fd)) as guarded:
         guarded.send(b"pause")
         answer = guarded.recv(256)
@@ -55,31 +58,35 @@ def main(fd: str, container_id: str, init: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=int(fd)) as channel:
-        if not channel.recv(16):
-            return
-        group = Cgroup.of(container_id)
-        stopped: set[int] = set()
+        while channel.recv(16):
+            _pause(channel, container_id, int(init))
+
+
+def _pause(channel: socket.socket, container_id: str, init: int) -> None:
+    """Once, until the other end says something or is closed."""
+    group = Cgroup.of(container_id)
+    stopped: set[int] = set()
+    try:
         try:
-            try:
-                if group is None:
-                    raise HostLacks("freeze a container", "there is no control group")
-                group.freeze(_TIMEOUT)
-            except (HostLacks, PermissionError):
-                group = None
-                _stop_all(int(init), stopped)
-            channel.send(b"paused")
-            channel.recv(16)
-        except OSError as error:
-            with suppress(OSError):
-                channel.send(str(error.strerror or error).encode()[:200])
-        finally:
-            if group is not None:
-                group.thaw()
-            for pid in stopped:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGCONT)
-            with suppress(OSError):
-                channel.send(b"going on")
+            if group is None:
+                raise HostLacks("freeze a container", "there is no control group")
+            group.freeze(_TIMEOUT)
+        except (HostLacks, PermissionError):
+            group = None
+            _stop_all(init, stopped)
+        channel.send(b"paused")
+        channel.recv(16)
+    except OSError as error:
+        with suppress(OSError):
+            channel.send(str(error.strerror or error).encode()[:200])
+    finally:
+        if group is not None:
+            group.thaw()
+        for pid in stopped:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        with suppress(OSError):
+            channel.send(b"going on")
 
 
 def _stop_all(init: int, stopped: set[int]) -> None:

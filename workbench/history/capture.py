@@ -1,8 +1,8 @@
 """What a writable layer holds over an image, or over its own last snapshot, as one tar.
 
-The container stands still while its files are read. What has not changed since the last snapshot (inode, ctime, size,
-mode) is not read again: an *index* says what was captured then, and where in which tar it lies. ``capture`` runs apart,
-through ``userns.call``.
+The container stands still while its files are looked at; where they are many they are read ahead (``ahead``). What
+has not changed since the last snapshot (inode, ctime, size, mode) is not read again: an *index* says what was captured
+then, and where in which tar it lies. ``capture`` runs apart, through ``userns.call``.
 
 A layer holds exactly what changed: copies that changed nothing are left out, folders come along with what is in them,
 ``opaque`` stands only where a folder is hidden, and hard links are together in one layer or in none.
@@ -19,12 +19,14 @@ from contextlib import nullcontext
 from typing import Any
 
 from workbench.containers.pause import paused
+from workbench.history.ahead import Ahead, Assembly
 from workbench.images import layer, tar
 from workbench.images.files import clear_errors
-from workbench.images.tree import is_whiteout, walk
+from workbench.images.tree import below, is_whiteout, walk
 from workbench.images.view import Shown, is_opaque
 from workbench.images.view import below as shown_below
 from workbench.linux import syscalls as sc
+from workbench.model import WorkbenchError
 
 #: A file may be written twice within one tick of its file system's clock (jiffies; Linux 6.13 is finer).
 _TICK = 0.012
@@ -34,6 +36,8 @@ _INODE, _CTIME, _SIZE, _MODE, _TAR, _START, _LENGTH = range(7)
 # (Of a folder the size says whether it hides what is below.)
 #: No tar: it was as in the layers below.
 _BELOW = -1
+#: Bytes that are read before the container stands still, if there are more of them.
+_MUCH = 8 << 20
 
 
 def capture(upper: str, lowers: list[str], out: str, index: str, new_index: str, *rest: Any) -> dict[str, Any]:
@@ -48,29 +52,35 @@ def capture(upper: str, lowers: list[str], out: str, index: str, new_index: str,
     InvalidInput for what no layer may hold, Conflict, HostLacks without space.
     """
     rules, guard, tars = rest
-    before = _load(index)
+    before, running, stood = _load(index), guard >= 0, 0.0
+    ahead: Ahead | None = None
     fd = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if guard >= 0:
+        work = _Capture(upper, lowers, rules, before, tars)
+        if running and not before:  # all is new, and perhaps much
+            ahead = work.read_ahead(fd, out, looked=False)
+        elif running:
             sc.syncfs(fd)  # most of it; what is left is little
-        with paused(guard) if guard >= 0 else nullcontext():
-            began = time.monotonic()
-            # What is mapped and written through memory changes its ctime only when its pages are clean before.
-            sc.syncfs(fd)
-            work = _Capture(upper, lowers, rules, before, tars)
-            work.look()
-            with clear_errors("write a snapshot", out):
-                sink = layer.Sink(out)
-                try:
-                    work.write(sink)
-                    stood = time.monotonic() - began
-                except BaseException:
-                    sink.close()
-                    raise
-        try:
-            found = sink.finish()
-        finally:
-            sink.close()
+        tried = not running or not before
+        while True:
+            with paused(guard) if running else nullcontext():
+                began = time.monotonic()
+                # What is mapped and written through memory changes its ctime only when its pages are clean before.
+                sc.syncfs(fd)
+                work = _Capture(upper, lowers, rules, before, tars)
+                work.look()
+                much = work.bulk() > _MUCH
+                if tried or not much:
+                    sink = _written(work, out, ahead)
+                stood += time.monotonic() - began
+            if tried or not much:
+                break
+            ahead, tried = work.read_ahead(fd, out, looked=True), True
+        with clear_errors("write a snapshot", out):
+            try:
+                found = sink.finish()
+            finally:
+                sink.close()
     finally:
         os.close(fd)
     with clear_errors("write a snapshot", new_index), open(new_index, "x") as file:
@@ -80,6 +90,17 @@ def capture(upper: str, lowers: list[str], out: str, index: str, new_index: str,
     return found | {
         "changes": len(work.changed), "paths": work.changed[:50_000], "skipped": sorted(work.skipped), "paused": stood,
     }  # fmt: skip
+
+
+def _written(work: _Capture, out: str, ahead: Ahead | None) -> layer.Sink | Assembly:
+    with clear_errors("write a snapshot", out):
+        sink = Assembly(ahead, out) if ahead else layer.Sink(out)
+        try:
+            work.write(sink, ahead)
+        except BaseException:
+            sink.close()
+            raise
+    return sink
 
 
 def _load(index: str) -> dict[str, list[int]]:
@@ -222,27 +243,98 @@ class _Capture:
 
     # Then it is written
 
-    def write(self, sink: layer.Sink) -> None:
-        """The tar: what is wanted, in the order of every layer."""
+    def bulk(self) -> int:
+        """Bytes of the files that are wanted."""
+        looks = (self.now[path] for path in self.wanted if path in self.now)
+        return sum(look[_SIZE] for look in looks if stat.S_ISREG(look[_MODE]))
+
+    def write(self, sink: layer.Sink | Assembly, ahead: Ahead | None = None) -> None:
+        """The tar: what is wanted, in the order of every layer, which is the one that it was looked at in."""
         number, start = len(self.tars), 0
         links: dict[tuple[int, int], bytes] = {}
-        for raw, at, name, found in walk(self.upper, lambda raw: os.fsdecode(raw) in self.wanted):
-            path = os.fsdecode(raw)
-            if path not in self.wanted:  # the root, when nothing is
-                break
-            lengths = [
-                sink.entry(entry, fd, raw) for entry, fd in layer.entries(raw, at, name, found, links, {})
-                if path in self.hiding or not entry.name.endswith(layer.OPAQUE_MARK)
-            ]  # fmt: skip
-            if path in self.now:  # of a folder without its mark
-                length = lengths[0] if stat.S_ISDIR(found.st_mode) else sum(lengths)
-                self.now[path][_TAR:] = [number, start, length]
-            for gone in sorted(map(os.fsencode, self.removed.get(path, ()))):
-                folder, slash, gone_name = gone.rpartition(b"/")
-                mark = tar.Entry(folder + slash + layer.WHITEOUT + gone_name, tar.FILE)
-                lengths.append(sink.entry(mark, -1, gone))
-            start += sum(lengths)
+        linked = {path: key for key, members in self.links.items() for path in members}
+        with _Folders(self.upper) as folders:
+            for path in ("", *self.now) if self.wanted else ():
+                if path not in self.wanted:
+                    continue
+                raw, seen = os.fsencode(path), self.now.get(path)
+                part = ahead.part(path, seen[:_TAR]) if ahead and seen else None
+                if part and (path not in linked or links.setdefault(linked[path], raw) == raw):
+                    assert seen and isinstance(sink, Assembly)
+                    sink.reuse(*part)
+                    seen[_TAR:] = [number, start, part[1]]
+                    start += part[1]
+                    continue
+                at, name, found = folders.look(raw, not seen or stat.S_ISDIR(seen[_MODE]))
+                lengths = [
+                    sink.entry(entry, fd, raw) for entry, fd in layer.entries(raw, at, name, found, links, {})
+                    if path in self.hiding or not entry.name.endswith(layer.OPAQUE_MARK)
+                ]  # fmt: skip
+                if seen:  # of a folder without its mark
+                    length = lengths[0] if stat.S_ISDIR(found.st_mode) else sum(lengths)
+                    seen[_TAR:] = [number, start, length]
+                for gone in sorted(map(os.fsencode, self.removed.get(path, ()))):
+                    folder, slash, gone_name = gone.rpartition(b"/")
+                    mark = tar.Entry(folder + slash + layer.WHITEOUT + gone_name, tar.FILE)
+                    lengths.append(sink.entry(mark, -1, gone))
+                start += sum(lengths)
         sink.write(bytes(2 * tar.BLOCK))
+
+    def read_ahead(self, fd: int, out: str, *, looked: bool) -> Ahead | None:
+        """What is wanted, read while the container runs; None where it is little, or changes too much for that.
+
+        fd: of the writable layer; looked: whether ``look`` was called already, while the container stood still.
+        """
+        stable = float("inf") if looked else time.time() - _TICK
+        path = f"{out}.ahead"
+        try:
+            if not looked:
+                self.look()
+            sc.syncfs(fd)  # between the look and the reading, see ``ahead``
+            if self.bulk() <= _MUCH:
+                return None
+            sink = layer.Sink(path)
+            try:
+                self.write(sink)
+                found = sink.finish(durable=False)
+            finally:
+                sink.close()
+        except (OSError, WorkbenchError):
+            return None
+        linked = {path for members in self.links.values() for path in members}
+        return Ahead(path, {
+            path: (look[:_TAR], look[_START], look[_LENGTH]) for path, look in self.now.items()
+            if look[_TAR] == len(self.tars) and look[_CTIME] < stable * 1e9
+            and not stat.S_ISDIR(look[_MODE]) and not _was_whiteout(look)
+            # A name that was written as a link to another may be the first one now.
+            and (path not in linked or look[_LENGTH] > look[_SIZE] > 0)
+        }, found)  # fmt: skip
+
+
+class _Folders:
+    """Files by path, one folder after the other as in a walk, none of them led out of the tree."""
+
+    def __init__(self, tree: str) -> None:
+        self._root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._path, self._at = b"", os.dup(self._root)
+
+    def __enter__(self) -> _Folders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._at)
+        os.close(self._root)
+
+    def look(self, path: bytes, is_folder: bool) -> tuple[int, bytes, os.stat_result]:
+        """The descriptor of the folder that a path is in (of a folder its own), its name, lstat(2)."""
+        parent, _, name = path.rpartition(b"/")
+        folder = path if is_folder else parent
+        if folder != self._path:
+            fd = below(self._root, folder, os.O_RDONLY | os.O_DIRECTORY)
+            os.close(self._at)
+            self._path, self._at = folder, fd
+        found = os.fstat(self._at) if is_folder else os.stat(name, dir_fd=self._at, follow_symlinks=False)
+        return self._at, name, found
 
 
 def _was_whiteout(old: list[int]) -> bool:
