@@ -42,35 +42,32 @@ def owners_file(tree: str) -> str:
     return f"{tree.rstrip('/')}.owners"
 
 
-def apply(source: str | int, tree: str, record: str | None = None) -> dict[str, Any]:
-    """Lay out an uncompressed OCI tar (a path or an open descriptor) as a new tree.
+def apply(source: str | int, tree: str, limit: int | None = None) -> dict[str, Any]:
+    """Lay out an uncompressed OCI tar (a path, or an open descriptor of which it is the next ``limit`` bytes) as a
+    new tree.
 
-    record: a new file that takes down the archive's form, for ``remake``. Returns ``diff_id`` and ``size``
-    (bytes) of the tar. Owners that cannot be had here go to ``owners_file(tree)``. Raises InvalidInput for
-    an archive that is hostile or broken, HostLacks without space. What was laid out by then stays for the
-    caller to remove.
+    Returns ``diff_id`` and ``size`` (bytes) of the tar, and its ``form`` (``tar.Form``). Owners that cannot be had here
+    go to ``owners_file(tree)``. Raises InvalidInput for an archive that is hostile or broken, HostLacks without space.
+    What was laid out by then stays for the caller to remove.
     """
     with clear_errors(_APPLY, tree):
         os.makedirs(tree, mode=0o700, exist_ok=True)
         if os.listdir(tree):
             raise Conflict(_APPLY, f"{tree} is not empty", "give a new folder")
         fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC) if isinstance(source, str) else os.dup(source)
-        writer = tar.Record(record) if record else None
-        target = _Target(tree)
+        target, reader = _Target(tree), tar.Reader(fd, limit=limit)
         try:
-            reader = tar.Reader(fd, writer)
             for entry in reader:
                 target.add(entry, reader)
             target.finish()
-            if writer is not None:
-                writer.close()
         finally:
+            reader.close()
             target.close()
             os.close(fd)
         if target.owners:
             with open(owners_file(tree), "x") as file:
                 json.dump(target.owners, file, sort_keys=True)
-        return {"diff_id": reader.digest, "size": reader.size}
+        return {"diff_id": reader.digest, "size": reader.size, "form": reader.form}
 
 
 class _Target:
@@ -459,14 +456,44 @@ def move(source: str, target: str) -> None:
     os.rename(source, target)
 
 
-def lay_out(source: str, tree: str, record: str) -> dict[str, Any]:
-    """``apply``, then a look whether ``pack`` gives the same bytes; only if not, ``record`` stays."""
-    found = apply(source, tree, record)
-    if pack(tree)["diff_id"] == found["diff_id"]:
-        os.unlink(record)
-    elif remake(tree, record)["diff_id"] != found["diff_id"]:
-        raise tar.bad("its files cannot be kept as they are")
+def lay_out(source: str | int, tree: str, record: str, limit: int | None = None) -> dict[str, Any]:
+    """``apply``, then a look whether ``pack`` gives the same bytes; only if not, ``record`` is written.
+
+    source: to be read twice. For the look no content is read: it was just written.
+    """
+    start = 0 if isinstance(source, str) else os.lseek(source, 0, os.SEEK_CUR)
+    found = apply(source, tree, limit)
+    if found.pop("form") != _form(tree):
+        if isinstance(source, int):
+            os.lseek(source, start, os.SEEK_SET)
+        _take_down(source, record, limit)
+        if remake(tree, record)["diff_id"] != found["diff_id"]:
+            raise tar.bad("its files cannot be kept as they are")
     return found
+
+
+def _form(tree: str) -> str:
+    """That of the archive that ``pack`` would write."""
+    owners, links, form = read_owners(tree), dict[tuple[int, int], bytes](), tar.Form()
+    for path, at, name, found in walk(tree):
+        for entry, _ in entries(path, at, name, found, links, owners):
+            form.entry(entry)
+    return form.finish()
+
+
+def _take_down(source: str | int, record: str, limit: int | None) -> None:
+    """Write the record of an archive that was applied."""
+    fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC) if isinstance(source, str) else os.dup(source)
+    writer = tar.Record(record)
+    reader = tar.Reader(fd, writer, limit)
+    try:
+        for entry in reader:
+            if entry.kind == tar.FILE and not _clean(entry.name).rpartition(b"/")[2].startswith(WHITEOUT):
+                reader.copy(entry, _clean(entry.name), -1)
+        writer.close()
+    finally:
+        reader.close()
+        os.close(fd)
 
 
 def remake(tree: str, record: str | None, out_path: str | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -165,12 +166,71 @@ class _Inflated:
         return whole[:size]
 
 
-class Reader:
-    """Walks an archive once, hashing every byte. ``for entry in reader``; a file's content by ``copy``."""
+@dataclass(slots=True)
+class _Head:
+    """What a header block says."""
 
-    def __init__(self, fd: int, record: Record | None = None) -> None:
-        self._fd, self._record = fd, record
+    name: bytes
+    kind: bytes
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    mtime: int
+    link: bytes
+
+
+#: From a header's mode to its checksum as our writer and Go's write them, and from its magic to the end.
+_PLAIN_FIELDS = re.compile(rb"([0-7]{7})\0" * 3 + rb"([0-7]{11})\0" * 2 + rb"([0-7]{6})\0 ([0-6xg])", re.DOTALL)
+_PLAIN_TAIL = re.compile(rb"ustar\x0000.{80}\0{155}.{12}", re.DOTALL)
+
+
+def _head(block: bytes) -> _Head:
+    """Raises InvalidInput. What is plain is read here, which is quicker; all else as tarfile reads it."""
+    fields = _PLAIN_FIELDS.fullmatch(block, 100, 157)
+    if fields and _PLAIN_TAIL.fullmatch(block, 257):
+        mode, uid, gid, size, mtime, checksum = (int(field, 8) for field in fields.groups()[:6])
+        if checksum == sum(block) - sum(block[148:156]) + 8 * ord(" "):
+            name, link = block[:100].partition(b"\0")[0], block[157:257].partition(b"\0")[0]
+            return _Head(name, fields[7], mode, uid, gid, size, mtime, link)
+    try:
+        info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError) as error:
+        raise bad(f"it has a broken header ({error})") from None
+    name, link = (text.encode("utf-8", "surrogateescape") for text in (info.name, info.linkname))
+    return _Head(name, info.type, info.mode, info.uid, info.gid, info.size, int(info.mtime), link)
+
+
+class Form:
+    """A digest of what an archive is made of but the files' content, as a ``Reader`` tells it of one that it reads.
+
+    Headers say where content lies and how much: two archives of one form differ in bytes of files only.
+    """
+
+    def __init__(self) -> None:
         self._hash = hashlib.sha256()
+
+    def entry(self, entry: Entry) -> None:
+        """The next file."""
+        self._hash.update(header(entry) + bytes(-entry.size % BLOCK))
+
+    def finish(self) -> str:
+        """All is there; the digest."""
+        self._hash.update(bytes(2 * BLOCK))
+        return self._hash.hexdigest()
+
+
+class Reader:
+    """Walks an archive once, hashing every byte. ``for entry in reader``; a file's content by ``copy``.
+
+    limit: bytes of the descriptor's file that are the archive, from where it stands; by default all.
+    """
+
+    def __init__(self, fd: int, record: Record | None = None, limit: int | None = None) -> None:
+        self._fd, self._record, self._limit = fd, record, limit
+        self._hash, self._form = hashlib.sha256(), hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, "tar")  # hashes one piece while the files of another are made
+        self._hashing: Future[None] | None = None
         self._chunk = memoryview(b"")
         self._globals: dict[bytes, bytes] = {}
         self._content = 0  # bytes of the present file's content that were not taken yet
@@ -179,12 +239,30 @@ class Reader:
     @property
     def digest(self) -> str:
         """``sha256:<hex>`` of what was read so far; of the whole after the last entry."""
+        self._wait()
         return "sha256:" + self._hash.hexdigest()
+
+    @property
+    def form(self) -> str:
+        """A digest of all but the files' content, in the order of the archive (see ``Form``)."""
+        return self._form.hexdigest()
+
+    def close(self) -> None:
+        """End its thread; the descriptor stays."""
+        self._thread.shutdown()
+
+    def _wait(self) -> None:
+        if self._hashing is not None:
+            self._hashing.result()
 
     def _fill(self) -> bool:
         if not self._chunk:
-            data = os.read(self._fd, CHUNK)
-            self._hash.update(data)
+            data = os.read(self._fd, CHUNK if self._limit is None else min(CHUNK, self._limit - self.size))
+            self._wait()
+            if len(data) < CHUNK:
+                self._hash.update(data)
+            else:
+                self._hashing = self._thread.submit(self._hash.update, data)
             self.size += len(data)
             self._chunk = memoryview(data)
         return bool(self._chunk)
@@ -199,6 +277,7 @@ class Reader:
 
     def _literal(self, size: int) -> bytes:
         data = b"".join(self._take(size))
+        self._form.update(data)
         if self._record is not None and data:
             self._record.literal(data)
         return data
@@ -207,11 +286,11 @@ class Reader:
         self._literal(-size % BLOCK)
 
     def copy(self, entry: Entry, path: bytes, target: int) -> None:
-        """Write the content of the present entry to a descriptor; ``path`` is its name in the record."""
+        """Write the content of the present entry to a descriptor, or nowhere (-1); ``path``: its name in the record."""
         if self._record is not None and entry.size:
             self._record.file(path, entry.size)
         for piece in self._take(entry.size):
-            while piece:
+            while piece and target >= 0:
                 piece = piece[os.write(target, piece) :]
         self._padding(entry.size)
         self._content = 0
@@ -226,13 +305,10 @@ class Reader:
             block = self._header()
             if block is None:
                 return
-            try:
-                info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-            except (tarfile.HeaderError, ValueError) as error:
-                raise bad(f"it has a broken header ({error})") from None
+            info = _head(block)
             if info.size < 0 or info.uid < 0 or info.gid < 0:
                 raise bad("a header has a negative size or owner")
-            kind = b"0" if info.type in (b"\0", b"7") else info.type
+            kind = b"0" if info.kind in (b"\0", b"7") else info.kind
             if kind in (b"x", b"g", b"L", b"K"):
                 self._extend(kind, info.size, extended)
                 continue
@@ -276,14 +352,13 @@ class Reader:
                 raise bad("it holds sparse files, which the OCI spec does not know")
             goal[key] = value
 
-    def _entry(self, info: tarfile.TarInfo, kind: bytes, pax: dict[bytes, bytes]) -> Entry:
-        name = pax.get(b"path") or info.name.encode("utf-8", "surrogateescape")
-        link = pax.get(b"linkpath") or info.linkname.encode("utf-8", "surrogateescape")
+    def _entry(self, info: _Head, kind: bytes, pax: dict[bytes, bytes]) -> Entry:
+        name, link = pax.get(b"path") or info.name, pax.get(b"linkpath") or info.link
         if b"\0" in name or b"\0" in link:
             raise bad("a name holds a zero byte")
         # As every reader does: only files have content, whatever the header of a link or a folder says.
         size = _number(pax, b"size", info.size) if kind == FILE else 0
-        mtime = int(info.mtime) * SECOND
+        mtime = info.mtime * SECOND
         if b"mtime" in pax:
             time = _TIME.fullmatch(pax[b"mtime"])
             if time is None:
