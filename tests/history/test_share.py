@@ -52,8 +52,8 @@ def test_there_and_back(workbench: Workbench, elsewhere: Workbench, made: str, t
     notebook.write_text(NOTEBOOK)
     assert workbench.export("share/plots", str(out), along=[str(notebook)]) == out.stat().st_size
     assert sorted(os.listdir(tmp_path)) == ["analysis.ipynb", "plots.oci.tar"]
-    name, image, _ = elsewhere.load(str(out))
-    assert (name, image.id) == ("share/plots:latest", made)
+    name, image, along = elsewhere.load(str(out))
+    assert (name, image.id, along) == ("share/plots:latest", made, {"analysis.ipynb": NOTEBOOK.encode()})
     assert [entry.message for entry in elsewhere.history(name)] == ["Step 22", "Step 21", "built from a recipe"]
     assert elsewhere.image("share/plots~2").id == workbench.image("lower").id
     assert elsewhere.check() == []
