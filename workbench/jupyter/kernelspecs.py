@@ -24,6 +24,8 @@ import workbench
 from workbench.model import Conflict, Image, InvalidInput
 
 _MARK = "workbench"
+_LOGOS = ("logo-svg.svg", "logo-64x64.png")
+_STAGING = (".kernel.json.", ".logo-")
 #: The variable by which a kernelspec tells the launcher what its kernels see besides: JSON, a list of texts.
 MOUNTS = "WORKBENCH_KERNEL_MOUNTS"
 
@@ -40,13 +42,13 @@ def write(image_name: str, image: Image, *, logo: Path | None = None, mounts: Se
     if kernel is None:
         raise InvalidInput(f"write a kernelspec for {image_name}", "the image has no kernel")
     folder = _folder() / kernel_name(image_name)
-    known = _read(folder)
-    if folder.exists() and (known is None or _MARK not in known.get("metadata", {})):
+    if folder.exists() and not _is_ours(folder):
         raise Conflict(f"write the kernelspec {folder.name}", f"{folder} is not ours", "remove or rename it")
     folder.mkdir(parents=True, exist_ok=True)
-    for old in ("logo-svg.svg", "logo-64x64.png"):
-        with suppress(FileNotFoundError):
-            (folder / old).unlink()
+    for old in folder.iterdir():
+        if old.name in _LOGOS or old.name.startswith(_STAGING):
+            with suppress(FileNotFoundError):
+                old.unlink()
     logo = logo or _logo(kernel.language)
     if logo is not None:
         name = "logo-svg.svg" if logo.suffix == ".svg" else "logo-64x64.png"
@@ -59,8 +61,7 @@ def write(image_name: str, image: Image, *, logo: Path | None = None, mounts: Se
 def remove(image_name: str) -> None:
     """Remove the kernelspec of a name, if there is one of ours."""
     folder = _folder() / kernel_name(image_name)
-    known = _read(folder)
-    if known is None or _MARK not in known.get("metadata", {}):
+    if not folder.exists() or not _is_ours(folder):
         return
     with suppress(FileNotFoundError):
         (folder / "kernel.json").unlink()
@@ -161,7 +162,20 @@ def _read(folder: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is a kernelspec of ours, or one that was cut off while it was written or removed."""
+    known = _read(folder)
+    if known is not None:
+        return _MARK in known.get("metadata", {})
+    return all(name in _LOGOS or name.startswith(_STAGING) for name in os.listdir(folder))
+
+
 def _replace(path: Path, content: bytes) -> None:
     staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_bytes(content)
-    os.replace(staging, path)
+    try:
+        staging.write_bytes(content)
+        os.replace(staging, path)
+    except BaseException:
+        with suppress(OSError):
+            staging.unlink()
+        raise
