@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -27,8 +28,6 @@ def snapshot(bench: Workbench, options: Any, kernelspecs: Get) -> int:
         container, message=options.message or "", author=options.author or "", name=options.tag or "",
         look_only=options.dry_run,
     )  # fmt: skip
-    if taken.image is not None:
-        _show_in_launcher(kernelspecs, taken.ref, taken.image)
     if options.json:
         row = asdict(taken) | {"image": taken.image.id if taken.image else None}
         show.as_json(row)
@@ -43,6 +42,12 @@ def snapshot(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     else:
         print(f"[{taken.ref} {taken.image.id[7:19]}] {options.message.strip().splitlines()[0]}")
         print(f" {count(taken.changes, 'change')}, {format_size(taken.size)}; paused for {taken.paused * 1e3:.0f} ms")
+    sys.stdout.flush()
+    # After the word that it was taken; and again where the last one was cut off before that.
+    if taken.image is not None:
+        _show_in_launcher(kernelspecs, taken.ref, taken.image)
+    elif not options.dry_run and bench.refs.find(taken.ref) == taken.parent:
+        _show_in_launcher(kernelspecs, taken.ref, bench.image(taken.parent))
     return int(taken.image is None and not options.dry_run)
 
 
@@ -171,9 +176,29 @@ def load(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     print(f"{name} {image.id}")
     for file, data in notebooks.items():
         try:
-            with open(file, "xb") as out:
-                out.write(data)
+            _put_down(file, data)
             print(file)
         except FileExistsError:
             show.error(f"{file} came along and is here already: it stays as it is")
     return 0
+
+
+def _put_down(name: str, data: bytes) -> None:
+    """A new file in the working folder, whole or not at all: half of one would stay as it is, too (open(2))."""
+    folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fd = os.open(".", os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o666)
+        except OSError:  # not every file system has files without a name
+            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            link = False
+        else:
+            link = True
+        with open(fd, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(fd)
+            if link:
+                os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)

@@ -280,8 +280,8 @@ def remove_run_dir(run_dir: str) -> None:
 def load_head(folder: str) -> dict[str, Any]:
     """The last snapshot: ``image``, ``ref``, ``layers`` (of its snapshots, the oldest first) and the ``index``'s name.
 
-    ``made``: the snapshots that were ever taken of this container. Before the first the image that it runs over,
-    and no index.
+    ``made``: the snapshots that were ever taken of this container. ``untold``, where it stands: the number of changes
+    of one whose name was perhaps not moved. Before the first the image that it runs over, and no index.
     """
     known = load(folder)
     empty = {"image": known["image"], "ref": "", "layers": [], "index": "", "made": []}
@@ -293,9 +293,12 @@ def load_head(folder: str) -> dict[str, Any]:
         return empty
 
 
-def save_head(tree: str, head: dict[str, Any]) -> None:
-    """Replace that of a writable layer, durably; an index that it no longer names goes."""
-    _replace(os.path.join(tree, HEAD), head, durable=True)
+def save_head(tree: str, head: dict[str, Any], *, durable: bool = True) -> None:
+    """Replace that of a writable layer; an index that it no longer names goes.
+
+    ``durable`` waits for the disk (fsync(2)).
+    """
+    _replace(os.path.join(tree, HEAD), head, durable)
     for path in glob.glob(os.path.join(glob.escape(tree), "index-*.json")):
         if os.path.basename(path) != head["index"]:
             os.unlink(path)

@@ -1,7 +1,8 @@
 """A container's writable layer becomes an image: with a message, an author and a parent, as a commit has them.
 
-Order: the tar, the image, then the container's own note of it (its *head*), the ref last. Killed in between, the
-container goes on from where it was, and what nobody was told of goes with the next gc.
+Order: the tar, the image, then the container's own note of it (its *head*), the ref last. Killed before the note, the
+container goes on from where it was, and what nobody was told of goes with the next gc. Killed after it, the next
+snapshot finds nothing new, knows from the note that the last one was not told of, and tells it as its own.
 """
 
 from __future__ import annotations
@@ -79,18 +80,27 @@ def take(
                 None, parent.id, ref, found["changes"], found["size"], found["paused"], found["paths"],
                 found["skipped"],
             )  # fmt: skip
-            if look_only or not found["changes"]:
+            untold = head.get("untold", 0)
+            if look_only or not (found["changes"] or untold):
                 return result
-            store.adopt_tar(out, found["diff_id"], found["size"])
-            image = store.add_image(_config(store, parent, found["diff_id"], message, author, when))
+            layers = head["layers"]
+            if found["changes"]:
+                store.adopt_tar(out, found["diff_id"], found["size"])
+                layers = [*layers, found["diff_id"]]
+            else:
+                parent = store.image(parent.parent)
+                size = store.layer_size(layers[-1])
+                result = replace(result, parent=parent.id, changes=untold, size=size)
+            image = store.add_image(_config(store, parent, layers[-1], message, author, when))
             if not force:
                 _check_forward(store, refs, ref, image)
-            kept = f"index-{image.id[7:19]}.json"
-            tree = state.tree(container.folder)
+            kept, tree = f"index-{image.id[7:19]}.json", state.tree(container.folder)
             os.replace(index, os.path.join(tree, kept))
-            layers, made = [*head["layers"], found["diff_id"]], [*head["made"], image.id]
-            state.save_head(tree, {"image": image.id, "ref": ref, "layers": layers, "index": kept, "made": made})
+            made = [*head["made"], image.id]
+            new = {"image": image.id, "ref": ref, "layers": layers, "index": kept, "made": made}
+            state.save_head(tree, new | {"untold": result.changes})
             refs.set(ref, image.id, f"snapshot: {message.splitlines()[0]}")
+            state.save_head(tree, new, durable=False)
     return replace(result, image=image)
 
 
