@@ -1,8 +1,9 @@
 """A container that stands still for a moment, and goes on whatever becomes of who wanted that.
 
 By the freezer of its control group (cgroups(7)), else by SIGSTOP to each of its processes. A process of its own does
-it, the *guard*, which wakes the container as soon as the other end of its socket is closed, by intent or by death. It
-stays outside of the user's namespaces, since only from there it has rights over all of them.
+it, the *guard*, which wakes the container as soon as the other end of its socket is closed, by intent or by death;
+when it is killed itself, who started it does so. It stays outside of the user's namespaces, since only from there it
+has rights over all of them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def guard(container_id: str, init: int) -> Iterator[int]:
             yield ours.fileno()
         finally:
             ours.close()
-            process.wait()
+            if process.wait() < 0:
+                _let_go(container_id, init)
 
 
 @contextmanager
@@ -43,14 +45,28 @@ def paused(fd: int) -> Iterator[None]:
     Raises Conflict.
     """
     with socket.socket(fileno=os.dup(fd)) as guarded:
-        guarded.send(b"pause")
-        answer = guarded.recv(256)
-        if answer != b"paused":
-            said = answer.decode(errors="replace") or "its processes would not stand still"
-            raise Conflict("pause a container", said, "try again")
-        yield
-        guarded.send(b"go on")
-        guarded.recv(16)
+        try:
+            guarded.send(b"pause")
+            answer = guarded.recv(256)
+            if answer != b"paused":
+                said = answer.decode(errors="replace") or "its processes would not stand still"
+                raise Conflict("pause a container", said, "try again")
+            yield
+            guarded.send(b"go on")
+            guarded.recv(16)
+        except (BrokenPipeError, ConnectionResetError):
+            raise Conflict("pause a container", "the process that does it was killed", "try again") from None
+
+
+def _let_go(container_id: str, init: int) -> None:
+    """In place of a guard that was killed. What somebody else has stopped by a signal goes on as well."""
+    with suppress(OSError, HostLacks):
+        if group := Cgroup.of(container_id):
+            group.thaw()
+    with suppress(OSError):
+        for pid in _members(os.stat(f"/proc/{init}/ns/pid").st_ino):
+            if pid != init and _state(pid) in "tT":
+                os.kill(pid, signal.SIGCONT)
 
 
 def main(fd: str, container_id: str, init: str) -> None:
