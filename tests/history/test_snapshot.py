@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ DRIVER = (Path(__file__).parent / "driver.py").read_text()
 
 
 class Live:
-    """A container with the driver in it."""
+    """A container with the driver in it, or another program that answers a line with a line."""
 
-    def __init__(self, workbench: Workbench, image: str) -> None:
+    def __init__(
+        self, workbench: Workbench, image: str, argv: Sequence[str] = ("/usr/bin/python3", "-ISuc", DRIVER)
+    ) -> None:  # fmt: skip
         self.workbench = workbench
-        self.container: Container = workbench.create(
-            image, argv=["/usr/bin/python3", "-ISuc", DRIVER], cwd=None, network="none"
-        )
+        self.container: Container = workbench.create(image, argv=argv, cwd=None, network="none")
         ours_r, theirs_w = os.pipe()
         theirs_r, ours_w = os.pipe()
         try:
