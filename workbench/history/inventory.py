@@ -166,7 +166,7 @@ def _all(view: View) -> Iterator[Package]:
 def _debian(view: View) -> Iterator[dict[str, str]]:
     data = view.read(_STATUS) or b""
     for stanza in data.decode("utf-8", "replace").split("\n\n"):
-        fields = _fields(stanza.encode())
+        fields = _fields(stanza.strip("\n").encode())
         if fields.get("Status", "").endswith(" installed") and "Package" in fields:
             yield fields
 

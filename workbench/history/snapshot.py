@@ -92,7 +92,7 @@ def take(
                 size = store.layer_size(layers[-1])
                 result = replace(result, parent=parent.id, changes=untold, size=size)
             image = store.add_image(_config(store, parent, layers[-1], message, author, when))
-            if not force:
+            if not (force or (untold and refs.find(ref) == head["image"])):
                 _check_forward(store, refs, ref, image)
             kept, tree = f"index-{image.id[7:19]}.json", state.tree(container.folder)
             os.replace(index, os.path.join(tree, kept))

@@ -87,7 +87,7 @@ def switch(
             with suppress(FileNotFoundError):  # of one who was killed
                 userns.call("workbench.linux.trees:remove", path)
             state.make_tree(path)
-            state.save_head(path, head | {"image": image.id, "ref": ref, "layers": [], "index": ""})
+            state.save_head(path, head | {"image": image.id, "ref": ref, "layers": [], "index": "", "untold": 0})
             now = {"tree": new, "image": image.id, "spec": spec(known["spec"])}
             state.save(container.folder, known | now, durable=True)
             userns.call("workbench.linux.trees:remove", os.path.join(container.folder, old))
