@@ -39,7 +39,8 @@ class WorkbenchError(Exception):
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> WorkbenchError:
         """The error that ``as_dict`` wrote."""
-        kinds = {kind.__name__: kind for kind in WorkbenchError.__subclasses__()}
+        every: tuple[type[WorkbenchError], ...] = (*WorkbenchError.__subclasses__(), Running)
+        kinds = {kind.__name__: kind for kind in every}
         kind = kinds.get(data.get("error", ""), WorkbenchError)
         return kind(data.get("tried", ""), data.get("obstacle", ""), data.get("remedy", ""), data.get("exit_code", 1))
 
@@ -54,6 +55,10 @@ class NotFound(WorkbenchError):
 
 class Conflict(WorkbenchError):
     """Somebody else holds it, or it is still in use."""
+
+
+class Running(Conflict):
+    """A container that runs, where it has to stand still."""
 
 
 class HostLacks(WorkbenchError):

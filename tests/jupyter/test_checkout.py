@@ -102,6 +102,40 @@ def test_under_a_server(server: Server) -> None:
     notebook.close()
 
 
+def test_over_rest(server: Server) -> None:
+    api = "/workbench/api"
+    notebook = Session(server)
+    notebook.run(WRITE.format("one"))
+    (row,) = server.request(f"{api}/containers")[1]["containers"]
+    place = f"{api}/containers/{row['id']}"
+    status, taken = server.request(f"{place}/snapshot", "POST", {"message": "One", "tag": "out/rest", "dry_run": True})
+    assert (status, taken["image"], taken["paths"]) == (200, None, ["opt/state"])
+    status, taken = server.request(f"{place}/snapshot", "POST", {"message": "One", "tag": "out/rest", "author": "A"})
+    assert (status, taken["ref"]) == (201, "out/rest")
+    assert server.request(f"{place}/snapshot", "POST", {"message": "again"})[0] == 200
+    notebook.run(WRITE.format("two"))
+    status, answer = server.request(f"{place}/checkout", "POST", {"image": "HEAD~1"})
+    assert status == 409 and "that no snapshot has" in answer["message"]
+    assert notebook.run(READ).stdout == "two\n"  # and the kernel was left alone
+    status, answer = server.request(f"{place}/checkout", "POST", {"create": "out/side"})
+    assert (status, answer["moved"], answer["ref"]) == (200, False, "out/side")
+    status, answer = server.request(f"{place}/reset", "POST", {"hard": True})
+    assert (status, answer["image"]) == (200, taken["image"])
+    notebook.reconnect()
+    assert notebook.run(READ).stdout == "one\n"
+    entries = server.request(f"{api}/history?image=out/rest&number=5")[1]["entries"]
+    assert [entry["message"] for entry in entries] == ["One", "built from a recipe"]
+    assert entries[0]["author"] == "A"
+    diff = server.request(f"{api}/diff?one=out/rest~1&other=out/rest")[1]
+    assert [row["path"] for row in diff["files"]] == ["opt/state"]
+    assert server.request(f"{api}/branches", "POST", {"name": "out/more", "image": "out/rest"})[0] == 201
+    assert server.request(f"{api}/branches", "POST", {"name": "out/more", "image": "out/rest"})[0] == 409
+    rows = {row["name"]: row for row in server.request(f"{api}/branches")[1]["branches"]}
+    assert rows["out/side"]["containers"] == [row["id"]] and rows["out/more"]["image"] == taken["image"]
+    assert "wb-out-more" in server.request("/api/kernelspecs")[1]["kernelspecs"]
+    notebook.close()
+
+
 def test_nothing_is_lost_unasked(start: Start, cli) -> None:
     _, client = start()
     run(client, WRITE.format("one"))

@@ -29,7 +29,7 @@ from dataclasses import asdict
 from typing import Any
 
 from workbench.linux import trees
-from workbench.model import NOT_ENVIRONMENT, Conflict, Exit, NotFound
+from workbench.model import NOT_ENVIRONMENT, Conflict, Exit, NotFound, Running
 
 STATE = "state.json"
 STOP = "stop"
@@ -111,13 +111,13 @@ def _replace(path: str, value: dict[str, Any], durable: bool) -> None:
 
 
 def hold(folder: str) -> int:
-    """Take the lock of a container; a descriptor that holds it. Raises Conflict while it runs."""
+    """Take the lock of a container; a descriptor that holds it. Raises Running."""
     fd = os.open(os.path.join(folder, "lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
-        raise Conflict(f"use container {os.path.basename(folder)}", "it is running", "stop it first") from None
+        raise Running(f"use container {os.path.basename(folder)}", "it is running", "stop it first") from None
     return fd
 
 

@@ -12,8 +12,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from functools import wraps
 from http import HTTPStatus
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jupyter_client.jsonutil import json_default
 from jupyter_client.kernelspec import NoSuchKernel
@@ -31,16 +32,23 @@ from workbench.model import (
     InvalidInput,
     Limits,
     NotFound,
+    Running,
     WorkbenchError,
     parse_network,
     parse_size,
 )
 from workbench.workbench import Workbench, as_row
 
+if TYPE_CHECKING:
+    from workbench.history.snapshot import Snapshot
+    from workbench.model import Image
+    from workbench.workbench import Checkout
+
 _STATUS: dict[type[WorkbenchError], HTTPStatus] = {
     InvalidInput: HTTPStatus.BAD_REQUEST,
     NotFound: HTTPStatus.NOT_FOUND,
     Conflict: HTTPStatus.CONFLICT,
+    Running: HTTPStatus.CONFLICT,
     HostLacks: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 T = TypeVar("T")
@@ -96,7 +104,7 @@ class _Handler(APIHandler):
 
     def wanted(self, tried: str, needed: str, known: Mapping[str, type | tuple[type, ...]]) -> dict[str, Any]:
         """The request's JSON object. known: each key and what it may hold; needed: the one that must be there and say
-        something. Raises InvalidInput."""
+        something, if any. Raises InvalidInput."""
         try:  # bytes that are no text, and halves of characters, which no file's name can have
             wanted = self.get_json_body() or {}
             plain = isinstance(wanted, dict) and b"\\u0000" not in json.dumps(wanted, ensure_ascii=False).encode()
@@ -109,7 +117,7 @@ class _Handler(APIHandler):
             # To Python a truth value is a number as well.
             if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
                 raise InvalidInput(tried, f"{key!r} is not understood", f"known are {', '.join(known)}")
-        if not wanted.get(needed):
+        if needed and not wanted.get(needed):
             raise InvalidInput(tried, f"no {needed} is named", f'give {{"{needed}": "…"}}')
         return wanted
 
@@ -329,6 +337,133 @@ class BuildHandler(_BuildsHandler):
         self.answer(None, HTTPStatus.NO_CONTENT)
 
 
+class HistoryHandler(_Handler):
+    """What led to an image."""
+
+    @web.authenticated
+    @authorized
+    @_told
+    async def get(self) -> None:
+        """An entry for each image of the history of ``?image=`` (a revision), the newest first; ``number``: at most."""
+        text, number = self.get_query_argument("image", ""), self.get_query_argument("number", "1000")
+        if not text or not number.isdecimal() or not number.isascii() or len(number) > 6:
+            raise InvalidInput("read a history", "no image, or no number, is named", "ask for ?image=NAME&number=5")
+        found = await self.work(lambda bench: [asdict(entry) for entry in islice(bench.history(text), int(number))])
+        self.answer({"entries": found})
+
+
+class DiffHandler(_Handler):
+    """What lies between two images."""
+
+    @web.authenticated
+    @authorized
+    @_told
+    async def get(self) -> None:
+        """Packages and files from ``?one=`` to ``other=``."""
+        one, other = self.get_query_argument("one", ""), self.get_query_argument("other", "")
+        if not one or not other:
+            raise InvalidInput("compare images", "two are not named", "ask for ?one=NAME~1&other=NAME")
+        self.answer(asdict(await self.work(lambda bench: bench.diff(one, other))))
+
+
+class BranchesHandler(_Handler):
+    """Names of images, as branches."""
+
+    @web.authenticated
+    @authorized
+    @_told
+    async def get(self) -> None:
+        """A row for each name: its image, and the containers whose snapshots move it."""
+        self.answer({"branches": await self.work(lambda bench: bench.branches())})
+
+    @web.authenticated
+    @authorized
+    @_told
+    async def post(self) -> None:
+        """Make one: ``{"name": …, "image": …, "force": …}``."""
+        wanted = self.wanted("make a name", "name", {"name": str, "image": str, "force": bool})
+        if not wanted.get("image"):
+            raise InvalidInput("make a name", "no image is named", 'give {"image": "…"}')
+
+        def make(bench: Workbench) -> Image:
+            image = bench.branch(wanted["name"], wanted["image"], force=wanted.get("force", False))
+            if image.kernel is not None:
+                kernelspecs.write(wanted["name"], image)
+            return image
+
+        image = await self.work(make)
+        self.settings["workbench_tell"](events.IMAGE, name=wanted["name"], image=image.id, action="tagged")
+        self.answer({"name": wanted["name"], "image": image.id}, HTTPStatus.CREATED)
+
+
+class SnapshotHandler(_Handler):
+    """A snapshot of a container."""
+
+    @web.authenticated
+    @authorized
+    @_told
+    async def post(self, text: str) -> None:
+        """Take one: ``{"message": …, "tag": …, "author": …, "dry_run": …}``; with no image when nothing has changed."""
+        wanted = self.wanted("take a snapshot", "", {"message": str, "tag": str, "author": str, "dry_run": bool})
+        dry = wanted.get("dry_run", False)
+
+        def take(bench: Workbench) -> Snapshot:
+            taken = bench.snapshot(
+                text, message=wanted.get("message", ""), author=wanted.get("author", ""), name=wanted.get("tag", ""),
+                look_only=dry,
+            )  # fmt: skip
+            if taken.image is not None and taken.image.kernel is not None:
+                kernelspecs.write(taken.ref, taken.image)
+            return taken
+
+        taken = await self.work(take)
+        image = taken.image.id if taken.image else None
+        if image:
+            self.settings["workbench_tell"](events.IMAGE, name=taken.ref, image=image, action="snapshot")
+        self.answer(asdict(taken) | {"image": image}, HTTPStatus.CREATED if image else HTTPStatus.OK)
+
+
+class _TreeHandler(_Handler):
+    async def put_over(self, text: str, act: Callable[[Workbench, str], Checkout]) -> None:
+        """Change what a container is over; a kernel of this server is started anew for that."""
+        container = await self.work(lambda bench: bench.container(text))
+        name, kernel = container.id, str(container.state["labels"].get("kernel", ""))
+        if kernel and kernel in self.kernel_manager:
+            manager: Any = self.kernel_manager
+            done = await manager.get_kernel(kernel).provisioner.change(lambda bench: act(bench, name))
+        else:
+            done = await self.work(lambda bench: act(bench, name))
+        self.answer(asdict(done))
+
+
+class CheckoutHandler(_TreeHandler):
+    """Another environment for a container."""
+
+    @web.authenticated
+    @authorized
+    @_told
+    async def post(self, text: str) -> None:
+        """``{"image": …, "create": …, "force": …}``; 409 for what no snapshot has, unless forced."""
+        wanted = self.wanted("check out", "", {"image": str, "create": str, "force": bool})
+        if not wanted.get("image") and not wanted.get("create"):
+            raise InvalidInput("check out", "neither image nor create is named", 'give {"image": "…"}')
+        image, create, force = wanted.get("image", ""), wanted.get("create", ""), wanted.get("force", False)
+        await self.put_over(text, lambda bench, name: bench.checkout(name, image, create=create, force=force))
+
+
+class ResetHandler(_TreeHandler):
+    """A container anew."""
+
+    @web.authenticated
+    @authorized
+    @_told
+    async def post(self, text: str) -> None:
+        """``{"image": …, "hard": …}``; 409 for what no snapshot has, unless hard."""
+        wanted = self.wanted("reset a container", "", {"image": str, "hard": bool})
+        image, hard = wanted.get("image", ""), wanted.get("hard", False)
+        await self.put_over(text, lambda bench, name: bench.reset(name, image, hard=hard))
+
+
 class NoRoute(_Handler):
     """Whatever else is asked for below ``/workbench/api``."""
 
@@ -357,6 +492,12 @@ ROUTES: list[tuple[str, type[_Handler]]] = [
     (_CONTAINER, ContainerHandler),
     (_CONTAINER + "/stop", StopHandler),
     (_CONTAINER + "/logs", LogsHandler),
+    (_CONTAINER + "/snapshot", SnapshotHandler),
+    (_CONTAINER + "/checkout", CheckoutHandler),
+    (_CONTAINER + "/reset", ResetHandler),
+    (r"/history/?", HistoryHandler),
+    (r"/diff/?", DiffHandler),
+    (r"/branches/?", BranchesHandler),
     (r"/builds/?", BuildsHandler),
     (r"/builds/(?P<text>[0-9a-f]+)", BuildHandler),
     (r"/kernels/?", KernelsHandler),

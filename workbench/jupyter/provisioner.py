@@ -37,6 +37,7 @@ from workbench.model import (
     LaunchFailed,
     Limits,
     NotFound,
+    Running,
     WorkbenchError,
     narrower,
     parse_network,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from workbench.containers.container import Container
     from workbench.jupyter.last_words import Listener
     from workbench.model import Image, Kernel
-    from workbench.workbench import Workbench
+    from workbench.workbench import Checkout, Workbench
 
 
 @dataclass(frozen=True)
@@ -306,6 +307,31 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             asyncio.run_coroutine_threadsafe(self._restart(), self._loop)
         else:  # a manager that runs its loop only while it is asked for something
             threading.Thread(target=asyncio.run, args=(self._restart(),), name="workbench-restart").start()
+
+    async def change(self, act: Callable[[Workbench], Checkout]) -> Checkout:
+        """Put another environment in the place of the running kernel's, for its server. Raises what ``act`` does.
+
+        What a running container allows is done at once; else the kernel is ended, and started again whatever comes
+        of it.
+        """
+        bench = shared.workbench(self.config, self.home)
+        try:
+            return await asyncio.to_thread(act, bench)
+        except Running:
+            pass
+        done: Future[Checkout] = Future()
+
+        def between() -> None:
+            try:
+                done.set_result(act(bench))
+            except WorkbenchError as error:
+                done.set_exception(error)
+
+        self._between = between
+        await self._restart()
+        if not done.done():
+            raise LaunchFailed("change the environment", "the kernel was not started again", "see the server's log")
+        return done.result()
 
     async def _restart(self) -> None:
         km: Any = self.parent
