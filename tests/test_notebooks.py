@@ -32,7 +32,7 @@ def tidy(cli) -> Iterator[None]:
     yield
     for row in json.loads(cli("ps", "--all", "--json").out):
         cli("rm", "-f", row["id"])
-    cli("rmi", "tutorial")
+    cli("rmi", "tutorial", "tutorial-two")
     cli("gc")
 
 
@@ -59,5 +59,7 @@ def test_a_tutorial_runs(path, image, cli, tmp_path, request):
     if path.stem == "snapshot":
         said = "".join(output.get("text", "") for output in outputs)
         assert "] Add toolz\n" in said and "] Set the threshold\n" in said and "1 packages; " in said
+        assert said.count("now in ") == 2 and "False\n" in said and "\n0.05\n" in said and "* tutorial-two" not in said
+        assert "* tutorial " in said and "  tutorial-two " in said
     if path.stem == "quickstart":
         assert str(tmp_path) in outputs[0]["data"]["text/html"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from traitlets import Bool, CUnicode, Float, Integer, List, TraitError, Unicode, default, validate
@@ -14,6 +14,8 @@ from traitlets.config import LoggingConfigurable
 from workbench.containers import host_settings, spec
 from workbench.containers.container import Container, Containers, new_id
 from workbench.containers.state import run_bases
+from workbench.history_face import Checkout as Checkout
+from workbench.history_face import HistoryFace
 from workbench.model import (
     Conflict,
     Image,
@@ -33,25 +35,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from workbench.build.builder import Built, Options
-    from workbench.history.diff import Diff
     from workbench.history.freeze import Frozen
-    from workbench.history.graph import Row
-    from workbench.history.inventory import Inventory
-    from workbench.history.log import Entry
-    from workbench.history.snapshot import Snapshot
-    from workbench.history.worktree import Unsaved
     from workbench.images.refs import Refs
     from workbench.images.store import Store
-
-
-@dataclass(frozen=True, slots=True)
-class Checkout:
-    """What a container is over now. ref: the name that its snapshots move; moved: whether the files are other ones."""
-
-    image: str
-    ref: str
-    moved: bool
-
 
 SUITE_LABEL = "org.jupyter.workbench.suite"
 _GUEST_MODULE = os.path.join(os.path.dirname(os.path.realpath(__file__)), "guest", "magics.py")
@@ -63,7 +49,7 @@ def default_home() -> str:
     return os.environ.get("WORKBENCH_HOME") or os.path.join(data, "workbench")
 
 
-class Workbench(LoggingConfigurable):
+class Workbench(HistoryFace, LoggingConfigurable):
     """Images, containers and what they need of the host, for one user."""
 
     home = Unicode(help="Where images and containers are kept. Default: $WORKBENCH_HOME, else the user's data folder.")
@@ -383,82 +369,6 @@ class Workbench(LoggingConfigurable):
         except FileNotFoundError:
             return ""
 
-    # History
-
-    def snapshot(
-        self, text: str, *, message: str, author: str = "", name: str = "", when: int | None = None,
-        look_only: bool = False, force: bool = False,
-    ) -> Snapshot:  # fmt: skip
-        """Take a snapshot of a container, by its ID; see ``history.snapshot.take``."""
-        from workbench.history import snapshot
-
-        return snapshot.take(
-            self.store, self.refs, self.container(text), message=message, author=author, name=name, when=when,
-            look_only=look_only, force=force,
-        )  # fmt: skip
-
-    def unsaved(self, text: str) -> Unsaved:
-        """What of a container no snapshot holds."""
-        from workbench.history import worktree
-
-        return worktree.unsaved(self.store, self.refs, self.container(text))
-
-    def target(self, text: str, revision: str = "", *, create: str = "", follow: bool = True) -> Checkout:
-        """What ``checkout`` of the same arguments would come to. Raises NotFound, InvalidInput, Conflict."""
-        from workbench.history import worktree
-
-        head = self.container(text).head
-        image_id, ref = worktree.target(self.refs, self._resolve, revision, head, create)
-        moved = image_id != head["image"]
-        return Checkout(image_id, ref if create or follow else str(head["ref"]) if not moved else "", moved)
-
-    def checkout(
-        self, text: str, revision: str = "", *, create: str = "", force: bool = False, follow: bool = True
-    ) -> Checkout:
-        """Put another environment in the place of what a stopped container has, or only another name to its head.
-
-        revision: what `log` names, "" or HEAD~1 of its last snapshot; a name is followed from then on, unless not
-        ``follow``. create: a new name, followed. force: drop what no snapshot holds. Raises Conflict while it runs
-        (but for a mere name), and for what would be lost; NotFound, InvalidInput.
-        """
-        from workbench.history import worktree
-
-        container = self.container(text)
-        done = self.target(text, revision, create=create, follow=follow)
-        if done.moved:
-            tried = f"check {revision or create or 'HEAD'} out"
-            self._switch(container, done.image, done.ref, tried, "" if force else "checkout --force")
-        if create:
-            self.refs.set(create, done.image, f"branch: created from {revision or 'HEAD'}")
-        if not done.moved:
-            worktree.follow(container, done.ref)
-        return done
-
-    def reset(self, text: str, revision: str = "", *, hard: bool = False) -> Checkout:
-        """Start a stopped container anew from its last snapshot, or from another revision, to which its name goes.
-
-        hard: drop what no snapshot holds. Raises as ``checkout`` does.
-        """
-        container = self.container(text)
-        head = container.head
-        image_id = self.target(text, revision, follow=False).image
-        tried = f"reset container {container.id}"
-        self._switch(container, image_id, head["ref"], tried, "" if hard else "reset --hard")
-        if head["ref"] and image_id != head["image"]:
-            self.refs.set(head["ref"], image_id, f"reset: moving to {revision}")
-        return Checkout(image_id, head["ref"], True)
-
-    def _switch(self, container: Container, image_id: str, ref: str, tried: str, how: str) -> None:
-        from workbench.history import worktree
-
-        image, before = self.store.image(image_id), self.store.image(container.image_id)
-        if image.kernel != before.kernel:
-            raise Conflict(tried, "its kernel is started in another way", "launch the image by its own name")
-        worktree.switch(
-            self.store, self.refs, container, image, ref, lambda known: self._over(known, before, image),
-            tried=tried, how=how,
-        )  # fmt: skip
-
     def _over(self, known: Any, before: Image, image: Image) -> dict[str, Any]:
         """The spec of a container over another image, as JSON: nothing that it was refused is granted by that."""
         old = spec.ContainerSpec.from_json(known)
@@ -469,39 +379,6 @@ class Workbench(LoggingConfigurable):
             texts=self.settings(dict(image.labels).get(SUITE_LABEL)).texts,
             limits=old.limits.stricter(image.limits), network=_reached(old.network, image),
         ).to_json()  # fmt: skip
-
-    def branches(self, pattern: str = "") -> list[dict[str, Any]]:
-        """A row for each name with its image, and the containers whose snapshots move it."""
-        from workbench.history import worktree
-
-        heads = {container.id: str(container.head["ref"]) for container in self.containers}
-        return worktree.branches(self.refs, heads, pattern)
-
-    def branch(self, name: str, revision: str, *, force: bool = False) -> Image:
-        """Make a name for a revision, which no container follows yet. Raises Conflict for one that is there."""
-        image = self.image(revision)
-        if not force and self.refs.find(name) is not None:
-            raise Conflict(f"make the branch {name}", "that name is an image's", "take another, or --force")
-        self.refs.set(name, image.id, f"branch: created from {revision}")
-        return image
-
-    def history(self, text: str) -> Iterator[Entry]:
-        """An image and those that it stands on, the newest first. Raises NotFound, InvalidInput."""
-        from workbench.history import log
-
-        return log.entries(self.store, self.refs, self._resolve(text))
-
-    def graph(self, text: str | None = None) -> Iterator[Row]:
-        """Histories as a drawing, row by row: of one image, or of all that names lead to. Raises as ``history``."""
-        from workbench.history import graph
-
-        return graph.draw(self.history(text) if text else graph.every(self.store, self.refs))
-
-    def inventory(self, text: str, *, unowned: bool = False) -> Inventory:
-        """The packages of an image, and files that none owns; see ``history.inventory.take``."""
-        from workbench.history import inventory
-
-        return inventory.take(self.store, self.image(text), unowned=unowned)
 
     def freeze(
         self, text: str, out: str = "", *, build: bool = True, with_files: bool = False, most: str | int = "64M",
@@ -518,30 +395,6 @@ class Workbench(LoggingConfigurable):
             self.store, self.image(text), text, out, tools=tools, build=build, with_files=with_files,
             most=parse_size(most),
         )  # fmt: skip
-
-    def diff(self, one: str, other: str) -> Diff:
-        """What lies between two images: packages and files. Raises NotFound, InvalidInput."""
-        from workbench.history import diff
-
-        return diff.between(self.store, self.image(one), self.image(other))
-
-    def tag(self, name: str, text: str, *, force: bool = False) -> Image:
-        """Give an image another name. Raises Conflict for a name that is another image's, unless ``force``."""
-        image = self.image(text)
-        self.refs.move(name, image.id, f"tag: {text}", force=force)
-        return image
-
-    def export(self, text: str, out: str, *, form: str = "none", along: Sequence[str] = ()) -> int:
-        """Write an image into one file that other tools read; see ``history.share.save``."""
-        from workbench.history import share
-
-        return share.save(self.store, self.refs, self.image(text), text, out, form=form, along=along)
-
-    def load(self, path: str, name: str = "", *, force: bool = False) -> tuple[str, Image, dict[str, bytes]]:
-        """Take an image from an archive; see ``history.share.load``."""
-        from workbench.history import share
-
-        return share.load(self.store, self.refs, path, name, force=force)
 
     # Housekeeping
 

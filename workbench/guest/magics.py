@@ -39,6 +39,13 @@ IMAGE: a name, an ID or a revision such as plots~1; by default the last snapshot
 Without a container (`%load_ext workbench` in any notebook) log, diff, show and tag want an IMAGE."""
 
 
+#: What nothing inside can ask for.
+_ON_THE_HOST = {
+    "export": "export NAME -o NAME.oci.tar", "import": "import NAME.oci.tar", "freeze": "freeze NAME",
+    "build": "build FOLDER",
+}  # fmt: skip
+
+
 class Refused(Exception):
     """What the other side said instead of an answer, in one line."""
 
@@ -107,6 +114,9 @@ def parse(line: str) -> Request:
         "tag": ({}, {}, 2), "branch": ({}, {}, 2), "reset": ({}, {"--hard": "hard"}, 1),
         "checkout": ({"-b": "create"}, {"-f": "force", "--force": "force"}, 1),
     }  # fmt: skip
+    if verb in _ON_THE_HOST:
+        raise Refused("%s reads and writes files of the host: in a terminal, jupyter workbench %s" % (
+            verb, _ON_THE_HOST[verb]))  # fmt: skip
     if verb not in known:
         raise Refused("{!r} is no verb of %container; it knows {}".format(verb, ", ".join(sorted(known))))
     values, flags, most = known[verb]

@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from workbench.images import layer, tar
+from workbench.images import tar
+from workbench.images.sink import Sink
 
 #: Of an entry here: what a look tells (as in an index), then where its form lies in the tar that was written ahead.
 Known = dict[str, tuple[list[int], int, int]]
@@ -36,7 +37,7 @@ class Assembly:
     def __init__(self, ahead: Ahead, out: str) -> None:
         self._ahead, self._out = ahead, out
         self._now_path = f"{out}.now"
-        self._now = layer.Sink(self._now_path)
+        self._now = Sink(self._now_path)
         self._now_size = 0
         self._parts: list[tuple[bool, int, int]] = []  # is it new, start, length
 
@@ -74,7 +75,7 @@ class Assembly:
                 os.fsync(ahead.fileno())
                 os.rename(self._ahead.path, self._out)
                 return self._ahead.found
-            sink = layer.Sink(self._out)
+            sink = Sink(self._out)
             try:
                 for new, start, length in self._parts:
                     os.lseek(files[new], start, os.SEEK_SET)

@@ -22,6 +22,7 @@ from workbench.containers.pause import paused
 from workbench.history.ahead import Ahead, Assembly
 from workbench.images import layer, tar
 from workbench.images.files import clear_errors
+from workbench.images.sink import Sink
 from workbench.images.tree import below, is_whiteout, walk
 from workbench.images.view import Shown, is_opaque
 from workbench.images.view import below as shown_below
@@ -92,9 +93,9 @@ def capture(upper: str, lowers: list[str], out: str, index: str, new_index: str,
     }  # fmt: skip
 
 
-def _written(work: _Capture, out: str, ahead: Ahead | None) -> layer.Sink | Assembly:
+def _written(work: _Capture, out: str, ahead: Ahead | None) -> Sink | Assembly:
     with clear_errors("write a snapshot", out):
-        sink = Assembly(ahead, out) if ahead else layer.Sink(out)
+        sink = Assembly(ahead, out) if ahead else Sink(out)
         try:
             work.write(sink, ahead)
         except BaseException:
@@ -248,7 +249,7 @@ class _Capture:
         looks = (self.now[path] for path in self.wanted if path in self.now)
         return sum(look[_SIZE] for look in looks if stat.S_ISREG(look[_MODE]))
 
-    def write(self, sink: layer.Sink | Assembly, ahead: Ahead | None = None) -> None:
+    def write(self, sink: Sink | Assembly, ahead: Ahead | None = None) -> None:
         """The tar: what is wanted, in the order of every layer, which is the one that it was looked at in."""
         number, start = len(self.tars), 0
         links: dict[tuple[int, int], bytes] = {}
@@ -293,7 +294,7 @@ class _Capture:
             sc.syncfs(fd)  # between the look and the reading, see ``ahead``
             if self.bulk() <= _MUCH:
                 return None
-            sink = layer.Sink(path)
+            sink = Sink(path)
             try:
                 self.write(sink)
                 found = sink.finish(durable=False)

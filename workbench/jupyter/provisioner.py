@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
 from logging import ERROR, INFO
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +26,8 @@ from jupyter_core.utils import ensure_async
 from traitlets import Bool, Float, Integer, List, Unicode
 
 from workbench.containers.spec import parse_mount
-from workbench.containers.state import HEAD
 from workbench.history import notebooks
-from workbench.jupyter import connection, events, kernelspecs, shared
+from workbench.jupyter import connection, environment, events, shared
 from workbench.jupyter.guest_api import GuestApi
 from workbench.model import (
     Conflict,
@@ -49,15 +47,6 @@ if TYPE_CHECKING:
     from workbench.jupyter.last_words import Listener
     from workbench.model import Image, Kernel
     from workbench.workbench import Checkout, Workbench
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What whoever starts a kernel wants of this one (REST): no more than all others allow."""
-
-    limits: Limits = field(default_factory=Limits)
-    network: str = ""
-    alias: str = ""
 
 
 class WorkbenchProvisioner(KernelProvisionerBase):
@@ -88,10 +77,8 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         self._has_process = self._has_run = False
         #: By id of a cell the image that it was last run in.
         self.ran: dict[str, str] = {}
-        self._wanted = self._notice = ""
-        self._again: Container | None = None  # one that is stopped, to go on with
-        self._head_file = ""
-        self._head: tuple[int, str] = (-1, "")  # when the note of the last snapshot was written, and its image
+        self._taken = environment.Taken()
+        self._now: environment.Now | None = None
         self._between: Callable[[], None] | None = None  # what is to be done before the kernel is started again
         self._ending = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -113,14 +100,15 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         if km is None:
             raise LaunchFailed(f"start a kernel of {self.image}", "no kernel manager asks for it")
         await self._free_sockets()
-        asked: Asked = kwargs.pop("workbench", None) or Asked()
+        asked: environment.Asked = kwargs.pop("workbench", None) or environment.Asked()
         environ: Mapping[str, str] = kwargs.get("env") or os.environ
         bench = shared.workbench(self.config, self.home)
         if self._between is not None and self._container is not None:
             await asyncio.to_thread(self._between)
         if self._container is None:
-            self._again = self._take_up(bench, str(environ.get("JPY_SESSION_NAME", "")))
-        image = bench.image(self._container.image_id if self._container else self._wanted or self.image)
+            path = str(environ.get("JPY_SESSION_NAME", "")) if self._is_a_servers() else ""
+            self._taken = environment.take_up(bench, path, km.kernel_name, self.image, self.resume)
+        image = bench.image(self._container.image_id if self._container else self._taken.image or self.image)
         kernel = image.kernel
         if kernel is None:
             raise LaunchFailed(
@@ -147,30 +135,6 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         )
         return {**kwargs, "cmd": argv, "env": connection.kernel_env(environ, image)}
 
-    def _take_up(self, bench: Workbench, path: str) -> Container | None:
-        """What a notebook of a server goes on with: the image that it names, and the container that it had."""
-        self._wanted = self._notice = ""
-        if not path.endswith(".ipynb") or not self._is_a_servers():
-            return None
-        record = notebooks.recorded(path)
-        if record is not None and record.kernel == getattr(self.parent, "kernel_name", ""):
-            try:
-                self._wanted = bench.image(record.image).id
-            except NotFound:
-                raise record.missing(path) from None
-            if bench.refs.find(self.image) not in (None, record.image):
-                self._notice = f"in {record.image[7:19]}, as the notebook says; {self.image} has moved since"
-        for container in bench.stopped_for(path) if self.resume else ():
-            head, known = container.head, container.state
-            if head["image"] == self._wanted or (not self._wanted and known["labels"]["image"] == self.image):
-                self._wanted = container.image_id
-                self._notice = (
-                    f"this notebook goes on with what it changed before, over {head['image'][7:19]}; "
-                    "`%container status` says what no snapshot holds, `%container reset --hard` starts anew"
-                )
-                return container
-        return None
-
     def _encrypt(self, asked: str | None, kernel: Kernel) -> bool:
         """Whether CURVE keys are to be made: as LocalProvisioner decides it, and never in clear when required."""
         km: Any = self.parent
@@ -189,7 +153,19 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         return (public, km.curve_secretkey) if public else None
 
     def _create(
-        self, bench: Workbench, image: Image, argv: list[str], cwd: str, environ: Mapping[str, str], asked: Asked
+        self,
+        bench: Workbench,
+        image: Image,
+        argv: list[str],
+        cwd: str,
+        environ: Mapping[str, str],
+        asked: environment.Asked,
+        bench: Workbench,
+        image: Image,
+        argv: list[str],
+        cwd: str,
+        environ: Mapping[str, str],
+        asked: environment.Asked,
     ) -> Container:
         self._cwd = cwd
         own = Limits(parse_size(self.memory) if self.memory else None, self.processes or None, self.cpus or None)
@@ -199,7 +175,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         path = environ.get("JPY_SESSION_NAME", "")
         notebook = os.path.splitext(os.path.basename(path))[0]
         labels = {"image": self.image, "kernel": str(self.kernel_id or "")}
-        again, self._again = self._again, None
+        again = self._taken.container
         container = bench.create(
             image.id,
             argv=argv,
@@ -217,7 +193,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         self._has_run = again is not None
         self._tell_event = events.teller(self.parent)
         self._guest = GuestApi(bench, container, self._start_again, self._tell_event)
-        self._guest.notice = self._notice
+        self._guest.notice = self._taken.notice
         self._guest.start()
         spec = container.state["spec"]
         self._cwd = spec["cwd"]
@@ -241,33 +217,15 @@ class WorkbenchProvisioner(KernelProvisionerBase):
 
     def _on_request(self, frames: list[Any], _status: object) -> None:
         """A server hands a message on to the kernel."""
-        if self._listener is not None and (asked := self._listener.sent(frames)) and self._container is not None:
-            self.ran[asked] = self._image_now(self._container)
-
-    def _image_now(self, container: Container) -> str:
-        """Of the last snapshot; read when it is another one than before, for this is asked with each cell."""
-        try:
-            written = os.stat(self._head_file).st_mtime_ns
-        except OSError:
-            written = 0
-        if self._head[0] != written:
-            self._head = written, str(container.head["image"])
-        return self._head[1]
+        if self._listener is not None and (asked := self._listener.sent(frames)) and self._now is not None:
+            self.ran[asked] = self._now.image
 
     @property
     def head(self) -> notebooks.Record | None:
         """The environment for a notebook's record; None while it is no snapshot."""
         if self._container is None:
             return None
-        bench = shared.workbench(self.config, self.home)
-        head = self._container.head
-        with suppress(WorkbenchError):
-            image = bench.image(head["image"])
-            if image.parent:
-                ref = str(head["ref"]) or (self.image if bench.refs.find(self.image) == image.id else "")
-                kernel = kernelspecs.kernel_name(ref) if ref else ""
-                return notebooks.Record(image.id, ref, image.parent, notebooks.places(bench.home, image.id), kernel)
-        return None
+        return environment.record(shared.workbench(self.config, self.home), self._container, self.image)
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:  # noqa: ARG002
         """Start the container with the kernel in it."""
@@ -289,8 +247,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             await self._discard()
             raise
         self._has_process = self._has_run = True
-        self._between, self._head = None, (-1, "")
-        self._head_file = os.path.join(os.path.dirname(container.upper), HEAD)
+        self._between, self._now = None, environment.Now(container)
         self._tell(container, "started")
         return self.connection_info
 

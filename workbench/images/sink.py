@@ -1,0 +1,88 @@
+"""Where the bytes of a layer's archive go."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from workbench.images import tar
+from workbench.model import Conflict
+
+
+class Sink:
+    """Where an archive's bytes go: through the hash, and into a file where one is wanted.
+
+    A thread hashes and writes one piece while the next is gathered; both calls leave the interpreter's lock.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._path, self._fd, self._done = path, os.open(path, flags, 0o600) if path else -1, False
+        self._hash = hashlib.sha256()
+        self._buffer = bytearray()
+        self._thread = ThreadPoolExecutor(1, "tar")
+        self._piece: Future[None] | None = None
+        self.size = 0
+
+    def write(self, data: bytes) -> None:
+        """The next bytes."""
+        self._buffer += data
+        if len(self._buffer) >= tar.CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._wait()
+        self.size += len(self._buffer)
+        self._piece = self._thread.submit(self._pass_on, self._buffer)
+        self._buffer = bytearray()
+
+    def _wait(self) -> None:
+        if self._piece is not None:
+            self._piece.result()
+
+    def _pass_on(self, data: bytearray) -> None:
+        self._hash.update(data)
+        if self._fd >= 0:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._fd, view) :]
+
+    def content(self, fd: int, size: int, shown: bytes) -> None:
+        """The whole content of an open file, which must be ``size`` bytes still."""
+        left = size
+        while left:
+            data = os.read(fd, min(left, tar.CHUNK))
+            if not data:
+                raise Conflict("read a layer", f"/{os.fsdecode(shown)} changed meanwhile", "stop what writes to it")
+            left -= len(data)
+            self.write(data)
+
+    def entry(self, entry: tar.Entry, fd: int, shown: bytes) -> int:
+        """A header, and the content of an open file where it has some; the bytes that this takes."""
+        header, padding = tar.header(entry), -entry.size % tar.BLOCK
+        self.write(header)
+        if entry.size:
+            self.content(fd, entry.size, shown)
+            self.write(bytes(padding))
+        return len(header) + entry.size + padding
+
+    def finish(self, *, durable: bool = True) -> dict[str, Any]:
+        """All is there: ``diff_id`` and ``size``, durable when this returns unless that is not asked for."""
+        self._flush()
+        self._wait()
+        if self._fd >= 0 and durable:
+            os.fsync(self._fd)
+        self._done = True
+        return {"diff_id": "sha256:" + self._hash.hexdigest(), "size": self.size}
+
+    def close(self) -> None:
+        """Close the file; one that was not finished goes."""
+        self._thread.shutdown()
+        if self._path is not None:
+            unwanted = not self._done and stat.S_ISREG(os.fstat(self._fd).st_mode)
+            os.close(self._fd)
+            if unwanted:
+                os.unlink(self._path)
