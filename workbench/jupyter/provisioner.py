@@ -153,20 +153,9 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         return (public, km.curve_secretkey) if public else None
 
     def _create(
-        self,
-        bench: Workbench,
-        image: Image,
-        argv: list[str],
-        cwd: str,
-        environ: Mapping[str, str],
+        self, bench: Workbench, image: Image, argv: list[str], cwd: str, environ: Mapping[str, str],
         asked: environment.Asked,
-        bench: Workbench,
-        image: Image,
-        argv: list[str],
-        cwd: str,
-        environ: Mapping[str, str],
-        asked: environment.Asked,
-    ) -> Container:
+    ) -> Container:  # fmt: skip
         self._cwd = cwd
         own = Limits(parse_size(self.memory) if self.memory else None, self.processes or None, self.cpus or None)
         network = parse_network(bench.network)
