@@ -88,11 +88,7 @@ def test_under_a_server(server: Server) -> None:
     for code, wanted in TOUR[:4]:
         assert wanted in notebook.run(code).stdout
     row = server.request("/workbench/api/containers")[1]["containers"][0]
-    notebook.execute("%container checkout out/plots~1")
-    for message in notebook.messages():
-        if message["content"].get("execution_state") == "restarting":
-            break
-    notebook.reconnect()
+    notebook.run_into_restart("%container checkout out/plots~1")
     assert notebook.run(READ).stdout == "one\n"
     after = server.request("/workbench/api/containers")[1]["containers"]
     assert [each["id"] for each in after] == [row["id"]]

@@ -63,11 +63,7 @@ def test_it_goes_on_and_starts_anew(server: Server, cli) -> None:
     other = Session(server, "other.ipynb")  # what one notebook did is not another's
     assert other.run(READ).error == "FileNotFoundError"
     other.close()
-    again.execute("%container reset --hard")
-    for message in again.messages():
-        if message["content"].get("execution_state") == "restarting":
-            break
-    again.reconnect()
+    again.run_into_restart("%container reset --hard")
     assert again.run(READ).error == "FileNotFoundError"
     again.close()
     assert json.loads(cli("ps", "--all", "--json").out) == []

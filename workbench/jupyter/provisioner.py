@@ -291,6 +291,9 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             if owner is None:
                 await ensure_async(km.restart_kernel(now=True))
                 return
+            # A server takes a kernel that ended while it was busy for busy still, and does not wait for its channels.
+            if hasattr(km, "execution_state"):
+                km.execution_state = "starting"
             if km._restarter is not None:  # which is how a server tells its clients
                 km._restarter._fire_callbacks("restart")
             await ensure_async(owner.restart_kernel(self.kernel_id, now=True))
