@@ -340,7 +340,7 @@ def demo(folder: Path) -> bool:
             remains = left_behind(row)
             for other in remains:
                 if other.startswith("container"):  # the notebook changed something: it stays by design
-                    workbench("rm", row["id"])
+                    workbench("rm", "--force", row["id"])
     finally:
         server.stop()
     remains = left_behind(row)

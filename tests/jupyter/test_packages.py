@@ -44,7 +44,7 @@ def test_apt_get_install_from_a_cell(start: Start) -> None:
         assert Path(upper, "usr/bin/hello").exists()
         assert traces_of_the_host(upper) == []
     finally:
-        shared.workbench().remove(name)
+        shared.workbench().remove(name, force=True)
 
 
 def traces_of_the_host(upper: str) -> list[str]:
