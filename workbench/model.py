@@ -213,6 +213,12 @@ class Image:
     labels: tuple[tuple[str, str], ...] = ()
 
 
+#: Of our kernels' names.
+KERNEL_PREFIX = "wb-"
+#: Of an image: the Debian suite that it is of.
+SUITE_LABEL = "org.jupyter.workbench.suite"
+
+
 @dataclass(frozen=True, slots=True)
 class Exit:
     """How a container's main process ended. ``reason`` is one line for people, empty when it ended well.

@@ -14,9 +14,9 @@ from traitlets.config import LoggingConfigurable
 from workbench.containers import host_settings, spec
 from workbench.containers.container import Container, Containers, new_id
 from workbench.containers.state import run_bases
-from workbench.history_face import Checkout as Checkout
 from workbench.history_face import HistoryFace
 from workbench.model import (
+    SUITE_LABEL,
     Conflict,
     Image,
     InvalidInput,
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from workbench.images.refs import Refs
     from workbench.images.store import Store
 
-SUITE_LABEL = "org.jupyter.workbench.suite"
 _GUEST_MODULE = os.path.join(os.path.dirname(os.path.realpath(__file__)), "guest", "magics.py")
 
 
@@ -259,11 +258,11 @@ class Workbench(HistoryFace, LoggingConfigurable):
 
     def stopped_for(self, notebook: str) -> list[Container]:
         """Stopped containers that were a notebook's, the newest first."""
-        found = []
+        found: list[tuple[str, Container]] = []
         for container in self.containers:
             with suppress(NotFound):
-                known = container.state
-                if known["labels"].get("notebook") == notebook and known["status"] == "exited":
+                # Whose it is first: the state of others is not asked for.
+                if container.labels.get("notebook") == notebook and (known := container.state)["status"] == "exited":
                     found.append((str(known["created"]), container))
         return [container for _, container in sorted(found, key=lambda each: each[0], reverse=True)]
 
@@ -299,7 +298,7 @@ class Workbench(HistoryFace, LoggingConfigurable):
 
     def _layers(self, image: Image) -> tuple[str, ...]:
         # Of a layer that an image names twice only the higher one shows; overlayfs takes each once.
-        return tuple(dict.fromkeys(str(self.store.layer(diff_id)) for diff_id in reversed(image.diff_ids)))
+        return tuple(dict.fromkeys(self.store.trees(image.diff_ids)))
 
     def _private(self) -> Iterator[str]:
         """Folders and sockets of the host that no container may see."""

@@ -129,7 +129,7 @@ def test_files_that_no_package_owns(made: str, workbench: Workbench) -> None:
 
 
 def test_only_so_many_are_listed(made: str, workbench: Workbench) -> None:
-    trees = inventory.trees_of(workbench.store, workbench.image(made))
+    trees = workbench.store.trees(workbench.image(made).diff_ids)
     found = userns.call("tests.history.inside:unowned", trees, 2)
     assert found["count"] > 30 and len(found["files"]) == 2
 
@@ -196,7 +196,7 @@ def test_as_debians_tools_say(workbench: Workbench, image: str, tmp_path: Path) 
     paths = [f"/{path}" for path, _ in found.unowned.files]
     assert inside(f"dpkg -S {' '.join(paths)} 2>/dev/null || true") == []
     # and what a list names is owned: every file below /usr/bin but links of update-alternatives
-    trees = inventory.trees_of(workbench.store, workbench.image(image))
+    trees = workbench.store.trees(workbench.image(image).diff_ids)
     owned = userns.call("tests.history.inside:owners_below", trees, "usr/bin")
     said = {}
     for line in inside("dpkg -S '/usr/bin/*' '/bin/*'"):

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +122,26 @@ while True:
 """
 
 
-def test_a_moment_of_what_is_being_written(workbench: Workbench, image: str) -> None:
-    """All files of a snapshot are of one moment, and the writer goes on after it."""
-    container = workbench.create(image, argv=["/usr/bin/python3", "-c", WRITER], cwd=None, network="none")
+@contextmanager
+def writing(workbench: Workbench, image: str, script: str) -> Iterator[Container]:
+    """A container whose Python script has said that it is going."""
+    container = workbench.create(image, argv=["/usr/bin/python3", "-c", script], cwd=None, network="none")
     container.start().result(timeout=30)
     try:
         until = time.monotonic() + 20
         while "going" not in Path(container.log).read_text():
             assert time.monotonic() < until
             time.sleep(0.02)
+        yield container
+    finally:
+        container.kill()
+        container.exited.result(timeout=20)
+        workbench.remove(container.id, force=True)
+
+
+def test_a_moment_of_what_is_being_written(workbench: Workbench, image: str) -> None:
+    """All files of a snapshot are of one moment, and the writer goes on after it."""
+    with writing(workbench, image, WRITER) as container:
         for _ in range(4):
             taken = workbench.snapshot(container.id, message="in the middle of it", name="moment")
             assert taken.image is not None and taken.paused < 5
@@ -142,10 +154,6 @@ def test_a_moment_of_what_is_being_written(workbench: Workbench, image: str) -> 
         while len(seen) < 5:  # it goes on
             assert time.monotonic() < until
             seen.add((Path(container.upper) / "opt/a").read_text())
-    finally:
-        container.kill()
-        container.exited.result(timeout=20)
-        workbench.remove(container.id, force=True)
 
 
 MAPPED = """
@@ -174,13 +182,7 @@ while True:
 
 def test_a_moment_of_what_is_written_through_memory(workbench: Workbench, image: str) -> None:
     """Much that is read ahead, while it changes in the middle and at the end, with and without a snapshot before."""
-    container = workbench.create(image, argv=["/usr/bin/python3", "-c", MAPPED], cwd=None, network="none")
-    container.start().result(timeout=30)
-    try:
-        until = time.monotonic() + 20
-        while "going" not in Path(container.log).read_text():
-            assert time.monotonic() < until
-            time.sleep(0.02)
+    with writing(workbench, image, MAPPED) as container:
         for _ in range(5):
             taken = workbench.snapshot(container.id, message="in the middle of it", name="mapped")
             assert taken.image is not None
@@ -188,10 +190,6 @@ def test_a_moment_of_what_is_written_through_memory(workbench: Workbench, image:
             datas = [(tree / "opt" / name).read_bytes() for name in ("a", "b")]
             values = [int.from_bytes(data[at : at + 8], "little") for data in datas for at in (0, len(data) - 8)]
             assert values == sorted(values, reverse=True) and values[0] - values[-1] in (0, 1), values
-    finally:
-        container.kill()
-        container.exited.result(timeout=20)
-        workbench.remove(container.id, force=True)
 
 
 def test_two_at_once(live: Live, workbench: Workbench) -> None:

@@ -126,3 +126,16 @@ def shared_server(image: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     server = Server(tmp_path_factory.mktemp("server"))
     yield server
     server.close()
+
+
+@pytest.fixture
+def tidy(cli, image: str) -> Iterator[None]:
+    """No snapshot stays."""
+    before = {name for row in json.loads(cli("images", "--json").out) for name in row["names"]}
+    yield
+    for row in json.loads(cli("ps", "--all", "--json").out):
+        cli("rm", "-f", row["id"])
+    for row in json.loads(cli("images", "--json").out):
+        for name in set(row["names"]) - before:
+            cli("rmi", name)
+    cli("gc")

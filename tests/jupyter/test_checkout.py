@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -15,21 +14,10 @@ from tests.jupyter.conftest import Server, Start
 from tests.jupyter.test_server import Session
 from workbench.workbench import Workbench
 
+pytestmark = pytest.mark.usefixtures("tidy")
+
 WRITE = "open('/opt/state', 'w').write('{}')"
 READ = "print(open('/opt/state').read())"
-
-
-@pytest.fixture(autouse=True)
-def tidy(cli, image: str) -> Iterator[None]:
-    """No snapshot stays."""
-    before = {name for row in json.loads(cli("images", "--json").out) for name in row["names"]}
-    yield
-    for row in json.loads(cli("ps", "--all", "--json").out):
-        cli("rm", "-f", row["id"])
-    for row in json.loads(cli("images", "--json").out):
-        for name in set(row["names"]) - before:
-            cli("rmi", name)
-    cli("gc")
 
 
 #: What is typed, and what is then printed.

@@ -6,7 +6,6 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,8 @@ from workbench.guest import magics
 from workbench.jupyter import guest_api
 from workbench.workbench import Workbench
 
+pytestmark = pytest.mark.usefixtures("tidy")
+
 #: A package as pip leaves it, without a network.
 INSTALL = """
 import pathlib
@@ -28,19 +29,6 @@ site = pathlib.Path('/opt/venv/lib/python3.11/site-packages')
 (site / 'madeup-1.2.dist-info' / 'METADATA').write_text('Name: madeup\\nVersion: 1.2\\n')
 (site / 'madeup.py').write_text('answer = 42')
 """
-
-
-@pytest.fixture(autouse=True)
-def tidy(cli, image: str) -> Iterator[None]:
-    """No snapshot stays."""
-    before = {name for row in json.loads(cli("images", "--json").out) for name in row["names"]}
-    yield
-    for row in json.loads(cli("ps", "--all", "--json").out):
-        cli("rm", "-f", row["id"])
-    for row in json.loads(cli("images", "--json").out):
-        for name in set(row["names"]) - before:
-            cli("rmi", name)
-    cli("gc")
 
 
 def test_a_notebook_keeps_what_it_installed(server: Server) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
@@ -15,21 +14,10 @@ from tests.jupyter.test_server import Session
 from workbench.history import notebooks
 from workbench.workbench import Workbench
 
+pytestmark = pytest.mark.usefixtures("tidy")
+
 WRITE = "open('/opt/state', 'w').write('{}')"
 READ = "open('/opt/state').read()"
-
-
-@pytest.fixture(autouse=True)
-def tidy(cli, image: str) -> Iterator[None]:
-    """No snapshot stays."""
-    before = {name for row in json.loads(cli("images", "--json").out) for name in row["names"]}
-    yield
-    for row in json.loads(cli("ps", "--all", "--json").out):
-        cli("rm", "-f", row["id"])
-    for row in json.loads(cli("images", "--json").out):
-        for name in set(row["names"]) - before:
-            cli("rmi", name)
-    cli("gc")
 
 
 def editor(*cells: tuple[str, str], kernel: str = "wb-python") -> dict[str, Any]:
@@ -114,6 +102,18 @@ def test_the_notebook_says_what_it_ran_in(server: Server) -> None:
     assert "workbench" not in save(server, held)["cells"][0]["metadata"]
     held["metadata"]["kernelspec"]["name"] = "python3"
     assert "workbench" not in save(server, held)["metadata"]
+
+
+def test_what_is_uploaded_stays(server: Server) -> None:
+    """A colleague's notebook says where it ran; that no kernel runs for it here yet is no reason to forget it."""
+    held = editor(("one", READ), kernel="wb-note-env")
+    said = {"version": 1, "image": "sha256:" + "1" * 64, "ref": "note/env"}
+    held["metadata"]["workbench"] = said
+    held["cells"][0]["metadata"]["workbench"] = {"image": said["image"]}
+    found = save(server, held, "uploaded.ipynb")
+    assert found["metadata"]["workbench"] == said
+    assert found["cells"][0]["metadata"]["workbench"] == {"image": said["image"]}
+    assert save(server, held, "uploaded.ipynb") == found
 
 
 def test_it_opens_in_the_very_image_or_not_at_all(server: Server, cli) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.jupyter.conftest import Server
-from workbench.jupyter import handlers
+from workbench.jupyter import base, handlers
 from workbench.model import (
     BuildFailed,
     Conflict,
@@ -118,7 +118,7 @@ def test_no_path_leads_out(shared_server: Server) -> None:
 def test_each_error_has_a_status() -> None:
     expected = {InvalidInput: 400, NotFound: 404, Conflict: 409, HostLacks: 503}
     for kind in (InvalidInput, NotFound, Conflict, HostLacks, Corrupt, BuildFailed, LaunchFailed, WorkbenchError):
-        assert handlers.status_of(kind("a", "b")) == expected.get(kind, 500)
+        assert base.status_of(kind("a", "b")) == expected.get(kind, 500)
 
 
 def test_the_extension_is_light() -> None:

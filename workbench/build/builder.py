@@ -40,6 +40,7 @@ from workbench.images.refs import Refs
 from workbench.images.store import Lease, Store
 from workbench.linux import userns
 from workbench.model import (
+    SUITE_LABEL,
     BuildFailed,
     HostLacks,
     Image,
@@ -52,9 +53,8 @@ from workbench.model import (
     narrower,
 )
 
-__all__ = ["SUITE_LABEL", "Built", "Options", "build", "compare"]
+__all__ = ["Built", "Options", "build", "compare"]
 
-SUITE_LABEL = "org.jupyter.workbench.suite"
 #: What names an image of a failed step, before the recipe's own name.
 AFTER_FAILURE = "after-failure/"
 PRELOAD_LABEL = "org.jupyter.workbench.preload"

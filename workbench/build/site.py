@@ -58,7 +58,7 @@ class Workplace:
 
     def lowers(self) -> list[str]:
         """The trees of the layers, highest first."""
-        return [str(self._store.layer(diff_id)) for diff_id in reversed(self.layers)]
+        return self._store.trees(self.layers)
 
     def run_all(self, step: Step, runs: Sequence[Run], where: str) -> Path:
         """Run a step's containers one after the other over one writable layer; the tree that becomes the layer.

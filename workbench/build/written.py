@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from workbench.build import keys, lock, recipe
-from workbench.build.builder import SUITE_LABEL
 from workbench.build.fetch import Unreachable, Web
 from workbench.images.store import Store
-from workbench.model import Image, Settings, WorkbenchError
+from workbench.model import SUITE_LABEL, Image, Settings, WorkbenchError
 
 #: The tables after the plain values, as people write them.
 _ORDER = ("name", "description", "preload", "network", "base", "apt", "python", "files", "run", "env", "kernel")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from workbench.cli import Kernelspecs
     from workbench.cli.options import Parsed
     from workbench.containers.client import HelperClient
+    from workbench.model import Image
     from workbench.workbench import Workbench
 
 Get = Callable[[], "Kernelspecs"]
@@ -47,6 +48,12 @@ def execute(parsed: Parsed, kernelspecs: Get, *, helper: HelperClient | None = N
         return int(command(bench, parsed.values, kernelspecs))
     finally:
         bench.close()
+
+
+def show_in_launcher(kernelspecs: Get, name: str, image: Image | None) -> None:
+    """A card for an image, if it has a kernel."""
+    if image is not None and image.kernel is not None:
+        kernelspecs().write(name, image)
 
 
 def build_progress() -> tuple[Callable[[str], None], Callable[[], float]]:

@@ -9,13 +9,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from workbench.cli import show
-from workbench.cli.commands import Get
+from workbench.cli.commands import Get, show_in_launcher
 from workbench.model import InvalidInput, count, format_size
 
 if TYPE_CHECKING:
     from workbench.history.diff import Diff
     from workbench.history.log import Entry
-    from workbench.model import Image
     from workbench.workbench import Workbench
 
 _SHOWN = 20  # files that a person is shown before it is only counted
@@ -45,15 +44,10 @@ def snapshot(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     sys.stdout.flush()
     # After the word that it was taken; and again where the last one was cut off before that.
     if taken.image is not None:
-        _show_in_launcher(kernelspecs, taken.ref, taken.image)
+        show_in_launcher(kernelspecs, taken.ref, taken.image)
     elif not options.dry_run and bench.refs.find(taken.ref) == taken.parent:
-        _show_in_launcher(kernelspecs, taken.ref, bench.image(taken.parent))
+        show_in_launcher(kernelspecs, taken.ref, bench.image(taken.parent))
     return int(taken.image is None and not options.dry_run)
-
-
-def _show_in_launcher(kernelspecs: Get, name: str, image: Image) -> None:
-    if image.kernel is not None:
-        kernelspecs().write(name, image)
 
 
 def _the_only(bench: Workbench) -> str:
@@ -157,7 +151,7 @@ def _print(found: Diff, options: Any) -> None:
 def tag(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     """``tag NAME IMAGE``."""
     image = bench.tag(options.name, options.image, force=options.force)
-    _show_in_launcher(kernelspecs, options.name, image)
+    show_in_launcher(kernelspecs, options.name, image)
     print(f"{options.name} {image.id[7:19]}")
     return 0
 
@@ -172,7 +166,7 @@ def export(bench: Workbench, options: Any, _: Get) -> int:
 def load(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     """``import FILE [NAME]``: the image, its kernel, and beside it the files that came along, if none are there."""
     name, image, notebooks = bench.load(options.file, options.name or "", force=options.force)
-    _show_in_launcher(kernelspecs, name, image)
+    show_in_launcher(kernelspecs, name, image)
     print(f"{name} {image.id}")
     for file, data in notebooks.items():
         try:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from workbench.cli import show
-from workbench.cli.commands import Get, build_progress
+from workbench.cli.commands import Get, build_progress, show_in_launcher
 from workbench.model import count, format_size
 
 if TYPE_CHECKING:
@@ -50,8 +50,10 @@ def _print_unowned(found: Unowned) -> None:
     """The folders that hold most of it, then how much it is."""
     import pandas
 
+    from workbench.history.inventory import folder_of
+
     frame = pandas.DataFrame(found.files, columns=["path", "size"])
-    frame["folder"] = ["/" + "/".join(path.split("/")[:-1][:3]) for path in frame["path"]]
+    frame["folder"] = [folder_of(path) for path in frame["path"]]
     sums = frame.groupby("folder")["size"].agg(["count", "sum"]).sort_values(["sum", "count"], ascending=False)
     if len(sums):
         rows = [
@@ -71,8 +73,7 @@ def freeze(bench: Workbench, options: Any, kernelspecs: Get) -> int:
         options.image, options.output or "", build=not options.no_build, with_files=options.with_files,
         most=options.most, progress=progress,
     )  # fmt: skip
-    if done.image is not None and done.image.kernel is not None:
-        kernelspecs().write(done.name, done.image)
+    show_in_launcher(kernelspecs, done.name, done.image)
     if options.json:
         row = asdict(done) | {"image": done.image.id if done.image else None, "seconds": round(seconds(), 3)}
         show.as_json(row)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from workbench.cli import show
-from workbench.cli.commands import Get
+from workbench.cli.commands import Get, show_in_launcher
+from workbench.history_face import Checkout
 from workbench.model import InvalidInput
-from workbench.workbench import Checkout, Workbench
+from workbench.workbench import Workbench
 
 
 def checkout(bench: Workbench, options: Any, kernelspecs: Get) -> int:
@@ -16,7 +17,7 @@ def checkout(bench: Workbench, options: Any, kernelspecs: Get) -> int:
         raise InvalidInput("check out", "no image is named", "name one, or a new name with -b NAME")
     done = bench.checkout(options.container, options.image or "", create=options.create or "", force=options.force)
     if options.create:
-        _in_launcher(bench, options.create, kernelspecs)
+        show_in_launcher(kernelspecs, options.create, bench.image(done.image))
     return _told(options, done)
 
 
@@ -37,8 +38,7 @@ def _told(options: Any, done: Checkout) -> int:
 def branch(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     """``branch``, or ``branch NAME [IMAGE]``."""
     if options.name and options.image:
-        bench.branch(options.name, options.image, force=options.force)
-        _in_launcher(bench, options.name, kernelspecs)
+        show_in_launcher(kernelspecs, options.name, bench.branch(options.name, options.image, force=options.force))
         return 0
     rows = bench.branches(options.name or "")
     if options.json:
@@ -48,9 +48,3 @@ def branch(bench: Workbench, options: Any, kernelspecs: Get) -> int:
             {"name": row["name"], "image": row["image"][7:19], "moved by": " ".join(row["containers"])} for row in rows
         ]))  # fmt: skip
     return 0
-
-
-def _in_launcher(bench: Workbench, name: str, kernelspecs: Get) -> None:
-    image = bench.image(name)
-    if image.kernel is not None:
-        kernelspecs().write(name, image)

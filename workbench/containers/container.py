@@ -91,6 +91,11 @@ class Container:
         return {self.image_id, str(self.head["image"])}
 
     @property
+    def labels(self) -> dict[str, str]:
+        """What its maker noted of it."""
+        return dict(state.load(self.folder)["labels"])
+
+    @property
     def image_id(self) -> str:
         """The image that it runs over."""
         return str(state.load(self.folder)["image"])

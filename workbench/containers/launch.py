@@ -35,6 +35,7 @@ class Running:
 
     id: str
     folder: str
+    writable: str
     spec: spec.ContainerSpec
     pid: int = -1
     started: str = ""
@@ -70,7 +71,7 @@ class Launcher:
         """Start the container that is laid out in ``folder``. Raises WorkbenchError or OSError, leaving nothing."""
         known = state.load(folder)
         wanted = spec.ContainerSpec.from_json(known["spec"])
-        running = Running(wanted.id, folder, wanted, lock=state.hold(folder))
+        running = Running(wanted.id, folder, state.tree(folder, known), wanted, lock=state.hold(folder))
         try:
             state.forget_the_wish_to_stop(folder)
             self._start(running, known["run_dir"], stdio)
@@ -151,7 +152,6 @@ class Launcher:
     def _furnish(self, running: Running, run_dir: str) -> None:
         """Root and network of a child that waits, side by side."""
         wanted = running.spec
-        writable = state.tree(running.folder)
         if self.ids.kind == "root":
             own = self.ids.container_root(running.slot)
             for path in (run_dir, os.path.join(run_dir, "host")):
@@ -161,7 +161,7 @@ class Launcher:
         rootful = self.ids.kind == "root"
         texts = network.files(wanted.network, rootful=rootful, hostname=wanted.hostname)
         wanted = replace(wanted, texts=(*texts, *wanted.texts))
-        steps = spec.plan(wanted, writable=writable, run_dir=run_dir, id_kind=self.ids.kind)
+        steps = spec.plan(wanted, writable=running.writable, run_dir=run_dir, id_kind=self.ids.kind)
         self._open_sources(running, steps, run_dir)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs:

@@ -23,7 +23,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -65,9 +65,9 @@ def make_tree(path: str) -> None:
     os.chmod(os.path.join(path, "upper"), 0o755)  # its mode becomes that of /
 
 
-def tree(folder: str) -> str:
-    """The writable layer of a container: a folder with ``upper`` and ``work``."""
-    return os.path.join(folder, str(load(folder).get("tree", TREE)))
+def tree(folder: str, known: Mapping[str, Any] | None = None) -> str:
+    """The writable layer of a container: a folder with ``upper`` and ``work``. known: its state, if that is at hand."""
+    return os.path.join(folder, str((known or load(folder)).get("tree", TREE)))
 
 
 def is_abandoned(folder: str) -> bool:
@@ -158,7 +158,7 @@ def settle(folder: str) -> bool:
     Runs in B, where a container's files can be read whoever owns them.
     """
     state = load(folder)
-    upper = os.path.join(folder, state.get("tree", TREE), "upper")
+    upper = os.path.join(tree(folder, state), "upper")
     if not has_changes(upper, state["spec"]["layers"]):
         remove(folder)
         return False
@@ -286,7 +286,7 @@ def load_head(folder: str) -> dict[str, Any]:
     known = load(folder)
     empty = {"image": known["image"], "ref": "", "layers": [], "index": "", "made": []}
     try:
-        with open(os.path.join(folder, known.get("tree", TREE), HEAD)) as file:
+        with open(os.path.join(tree(folder, known), HEAD)) as file:
             found: dict[str, Any] = json.load(file)
             return empty | found
     except FileNotFoundError:

@@ -68,14 +68,14 @@ class Diff:
         frame = pandas.DataFrame(rows, columns=columns).astype({"before": "int64", "after": "int64"})
         frame["kind"] = pandas.Categorical(frame["kind"], categories=["A", "M", "D"])
         frame["grown"] = frame["after"] - frame["before"]
-        frame["folder"] = ["/" + "/".join(path.split("/")[:-1][:3]) for path in frame["path"]]
+        frame["folder"] = [inventory.folder_of(path) for path in frame["path"]]
         return frame
 
 
 def between(store: Store, one: Image, other: Image, *, times: bool = True) -> Diff:
     """From the first to the second. Layers that both have in common are not looked at. times: whether a file that is
     only of another time is another. Raises NotFound, HostLacks."""
-    trees = [inventory.trees_of(store, image) for image in (one, other)]
+    trees = [store.trees(image.diff_ids) for image in (one, other)]
     found = userns.call("workbench.history.diff:compare", *trees, common(one, other), times)
     return Diff(
         tuple(PackageChange(*row) for row in found["packages"]), tuple(FileChange(*row) for row in found["files"])

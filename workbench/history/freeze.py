@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from workbench.history import diff, inventory, log
-from workbench.history.inventory import Package, trees_of
+from workbench.history.inventory import Package
 from workbench.history.owners import Owners, by_itself, files, is_alternative, is_note
 from workbench.images.store import Store
 from workbench.images.tree import kept_xattrs
@@ -168,7 +168,7 @@ class _Freeze:
         self.name = frozen_name(text, image.id)
 
     def all(self, build: bool, with_files: bool, most: int) -> Frozen:
-        trees = [trees_of(self.store, image) for image in (self.built, self.image)]
+        trees = [self.store.trees(image.diff_ids) for image in (self.built, self.image)]
         shared = diff.common(self.built, self.image)
         found = userns.call("workbench.history.freeze:look", *trees, shared)
         new, gone = ([Package(*row) for row in found[which]] for which in ("new", "gone"))
@@ -253,7 +253,7 @@ class _Freeze:
                 size += row.size
         place = self.folder / "files"
         paths = [row.path for row in wanted]
-        userns.call("workbench.history.freeze:copy", trees_of(self.store, self.image), paths, str(place))
+        userns.call("workbench.history.freeze:copy", self.store.trees(self.image.diff_ids), paths, str(place))
         secret = set(self.tools.keys(str(place)))
         for path in secret:
             os.unlink(place / path)
@@ -309,7 +309,7 @@ class _Freeze:
             remedy = "; ".join(filter(None, [error.remedy, "`freeze --no-build` writes the recipe alone"]))
             raise BuildFailed(error.tried, error.obstacle, remedy) from None
         between = diff.between(self.store, self.image, image, times=False)
-        whole = userns.call("workbench.history.freeze:measure", trees_of(self.store, self.image))
+        whole = userns.call("workbench.history.freeze:measure", self.store.trees(self.image.diff_ids))
         unlike = {_label(row.name, row.before) for row in between.packages if row.before}
         self.packages = [one for one in self.packages if one.name in unlike]
         files = [row for row in between.files if counts(row.path)]

@@ -117,8 +117,8 @@ def take(store: Store, image: Image, *, unowned: bool = False) -> Inventory:
     from workbench.history import log  # not where trees are looked at
 
     built = list(log.chain(store, image))[-1]
-    below = trees_of(store, built) if built.id != image.id else []
-    found = userns.call("workbench.history.inventory:look", trees_of(store, image), below, unowned)
+    below = store.trees(built.diff_ids) if built.id != image.id else []
+    found = userns.call("workbench.history.inventory:look", store.trees(image.diff_ids), below, unowned)
     files = found["unowned"]
     return Inventory(
         tuple(Package(*row) for row in found["packages"]), tuple(Environment(*row) for row in found["environments"]),
@@ -126,9 +126,9 @@ def take(store: Store, image: Image, *, unowned: bool = False) -> Inventory:
     )  # fmt: skip
 
 
-def trees_of(store: Store, image: Image) -> list[str]:
-    """The trees of its layers, highest first."""
-    return [str(store.layer(diff_id)) for diff_id in reversed(image.diff_ids)]
+def folder_of(path: str) -> str:
+    """The folder of a path (relative to ``/``), as far down as three names, for tables."""
+    return "/" + "/".join(path.split("/")[:-1][:3])
 
 
 def look(trees: list[str], below: list[str], unowned: bool) -> dict[str, Any]:

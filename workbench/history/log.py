@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.history.snapshot import MACHINE_LABEL
+from workbench.history.machine import LABEL
 from workbench.images.refs import Refs
 from workbench.images.store import Store
 from workbench.model import Image, NotFound, WorkbenchError
@@ -101,7 +101,7 @@ def entry(store: Store, image: Image, names: tuple[str, ...] = ()) -> Entry:
     """What an image says of itself."""
     history = store.history(image.id)
     last: dict[str, Any] = (history or [{}])[-1] if image.parent else {}
-    facts = dict(image.labels).get(MACHINE_LABEL, "") if image.parent else ""
+    facts = dict(image.labels).get(LABEL, "") if image.parent else ""
     try:
         machine = {str(key): str(value) for key, value in json.loads(facts or "{}").items()}
     except (ValueError, AttributeError):

@@ -6,6 +6,8 @@ import os
 import platform
 from contextlib import suppress
 
+#: Of an image, where its facts stand.
+LABEL = "org.jupyter.workbench.machine"
 #: Of the processor's features those that numerical libraries choose their code by.
 _FEATURES = (
     "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_tile",

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from workbench.images import files
-from workbench.model import NotFound
+from workbench.model import KERNEL_PREFIX, NotFound
 
 KEY = "workbench"
 SCHEMA = Path(__file__).parent / "notebook.schema.json"
-PREFIX = "wb-"  # of our kernels' names
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _LARGEST = 200 << 20  # bytes of a notebook that is looked into
 _PLACES = 3
@@ -79,7 +78,7 @@ def annotate(
         metadata[KEY] = {key: value for key, value in said.items() if value}
         if head.kernel:
             metadata["kernelspec"] = metadata.get("kernelspec", {}) | {"name": head.kernel}
-    elif KEY in old and not running and str(metadata.get("kernelspec", {}).get("name", "")).startswith(PREFIX):
+    elif KEY in old and not running and str(metadata.get("kernelspec", {}).get("name", "")).startswith(KERNEL_PREFIX):
         # An editor holds what it read or chose before; one that has chosen since has a kernel running.
         metadata[KEY] = old[KEY]
         metadata["kernelspec"] = metadata["kernelspec"] | {"name": old.get("kernelspec", {}).get("name", "")}

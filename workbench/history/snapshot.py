@@ -22,14 +22,13 @@ from typing import Any
 
 from workbench.containers import pause, state
 from workbench.containers.container import Container
-from workbench.history import machine
+from workbench.history import log, machine
 from workbench.images import config
 from workbench.images.refs import Refs
 from workbench.images.store import Store
 from workbench.linux import userns
-from workbench.model import CREDENTIALS, NOT_ENVIRONMENT, Conflict, Image, InvalidInput, NotFound, WorkbenchError
+from workbench.model import CREDENTIALS, NOT_ENVIRONMENT, Conflict, Image, InvalidInput, NotFound
 
-MACHINE_LABEL = "org.jupyter.workbench.machine"
 _LONGEST = 64 << 10  # characters of a message
 RULES = (*NOT_ENVIRONMENT, *CREDENTIALS)
 
@@ -109,17 +108,11 @@ def _check_forward(store: Store, refs: Refs, ref: str, image: Image) -> None:
     known = refs.find(ref)
     if known is None:
         return
-    at = image.id
-    while known != at:
-        try:
-            at = store.image(at).parent
-        except WorkbenchError:
-            at = ""
-        if not at:
-            raise Conflict(
-                f"move {ref} to the snapshot", f"it stands at {known[7:19]}, which this container does not come from",
-                "give another name with -t NAME",
-            )  # fmt: skip
+    if known not in (each.id for each in log.chain(store, image)):
+        raise Conflict(
+            f"move {ref} to the snapshot", f"it stands at {known[7:19]}, which this container does not come from",
+            "give another name with -t NAME",
+        )  # fmt: skip
 
 
 def _captured(
@@ -163,7 +156,7 @@ def alone(container: Container) -> Iterator[None]:
 
 def _config(store: Store, parent: Image, diff_id: str, message: str, author: str, when: int | None) -> bytes:
     created = datetime.fromtimestamp(int(time.time()) if when is None else when, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    labels = dict(parent.labels) | {MACHINE_LABEL: json.dumps(machine.facts(), sort_keys=True)}
+    labels = dict(parent.labels) | {machine.LABEL: json.dumps(machine.facts(), sort_keys=True)}
     entry = {"created": created, "created_by": "workbench: snapshot", "author": author, "comment": message}
     return config.encode(
         diff_ids=[*parent.diff_ids, diff_id], env=parent.env, cmd=parent.cmd, working_dir=parent.working_dir,

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,13 @@ class Store:
         """Whether a layer is here, as a tree or as a tar."""
         path = self._layer(diff_id)
         return os.path.isdir(path) or os.path.isfile(path + TAR)
+
+    def trees(self, diff_ids: Sequence[str]) -> list[str]:
+        """The trees of an image's layers, which are named lowest first: the highest first, as overlayfs has them.
+
+        Raises as ``layer`` does.
+        """
+        return [str(self.layer(diff_id)) for diff_id in reversed(diff_ids)]
 
     def layer(self, diff_id: str) -> Path:
         """The tree of a layer, in overlayfs's form, never to be written; laid out now if there is only its tar.

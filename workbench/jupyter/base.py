@@ -66,7 +66,7 @@ class Handler(APIHandler):
     async def end_kernel(self, text: str) -> bool:
         """Shut the kernel down that a container belongs to, if it is one of this server's, which would only
         start it again; whether it was."""
-        labels = await self.work(lambda bench: bench.container(text).state["labels"])
+        labels = await self.work(lambda bench: bench.container(text).labels)
         kernel = labels.get("kernel", "")
         if not kernel or kernel not in self.kernel_manager:
             return False

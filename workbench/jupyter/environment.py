@@ -55,7 +55,7 @@ def take_up(bench: Workbench, path: str, kernel: str, name: str, resume: bool) -
             notice = f"in {image[7:19]}, as the notebook says; {name} has moved since"
     for container in bench.stopped_for(path) if resume else ():
         head = container.head["image"]
-        if head == image or (not image and container.state["labels"]["image"] == name):
+        if head == image or (not image and container.labels["image"] == name):
             notice = (
                 f"this notebook goes on with what it changed before, over {head[7:19]}; `%container status` says what "
                 "no snapshot has, `%container reset --hard` starts anew"

@@ -25,7 +25,8 @@ from workbench.model import Conflict, InvalidInput, NotFound, WorkbenchError
 if TYPE_CHECKING:
     from workbench.containers.container import Container
     from workbench.history.log import Entry
-    from workbench.workbench import Checkout, Workbench
+    from workbench.history_face import Checkout
+    from workbench.workbench import Workbench
 
 #: In the run folder; inside it is /run/workbench/api.
 NAME = "api"
@@ -128,9 +129,8 @@ class GuestApi:
         if tag:
             self._allow(tag)
         taken = self.bench.snapshot(self.container.id, message=message, author=author, name=tag, look_only=dry_run)
-        if taken.image is not None and taken.image.kernel is not None:
-            with suppress(Conflict):  # the image is there, only its card is not
-                kernelspecs.write(taken.ref, taken.image)
+        with suppress(Conflict):  # the image is there, only its card is not
+            kernelspecs.offer(taken.ref, taken.image)
         if taken.image is not None and not dry_run:
             self._tell(IMAGE, name=taken.ref, image=taken.image.id, action="snapshot")
         return asdict(taken) | {"image": taken.image.id if taken.image else None, "paths": taken.paths[:_PATHS]}
@@ -160,8 +160,7 @@ class GuestApi:
 
         self._allow(name)
         made = self.bench.tag(name, self._own(image), force=True)
-        if made.kernel is not None:
-            kernelspecs.write(name, made)
+        kernelspecs.offer(name, made)
         self._tell(IMAGE, name=name, image=made.id, action="tagged")
         return f"{name} {made.id[7:19]}"
 

@@ -21,7 +21,6 @@ from tornado import web
 from workbench.jupyter import events, kernelspecs, shared
 from workbench.jupyter import history_handlers as history
 from workbench.jupyter.base import Handler, told
-from workbench.jupyter.base import status_of as status_of
 from workbench.jupyter.builds import Builds, recipe_in
 from workbench.jupyter.environment import Asked
 from workbench.model import (

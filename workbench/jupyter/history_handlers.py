@@ -18,8 +18,8 @@ from workbench.workbench import Workbench
 
 if TYPE_CHECKING:
     from workbench.history.snapshot import Snapshot
+    from workbench.history_face import Checkout
     from workbench.model import Image
-    from workbench.workbench import Checkout
 
 
 class HistoryHandler(Handler):
@@ -72,8 +72,7 @@ class BranchesHandler(Handler):
 
         def make(bench: Workbench) -> Image:
             image = bench.branch(wanted["name"], wanted["image"], force=wanted.get("force", False))
-            if image.kernel is not None:
-                kernelspecs.write(wanted["name"], image)
+            kernelspecs.offer(wanted["name"], image)
             return image
 
         image = await self.work(make)
@@ -97,8 +96,7 @@ class SnapshotHandler(Handler):
                 text, message=wanted.get("message", ""), author=wanted.get("author", ""), name=wanted.get("tag", ""),
                 look_only=dry,
             )  # fmt: skip
-            if taken.image is not None and taken.image.kernel is not None:
-                kernelspecs.write(taken.ref, taken.image)
+            kernelspecs.offer(taken.ref, taken.image)
             return taken
 
         taken = await self.work(take)
@@ -112,7 +110,7 @@ class _TreeHandler(Handler):
     async def put_over(self, text: str, act: Callable[[Workbench, str], Checkout]) -> None:
         """Change what a container is over; a kernel of this server is started anew for that."""
         container = await self.work(lambda bench: bench.container(text))
-        name, kernel = container.id, str(container.state["labels"].get("kernel", ""))
+        name, kernel = container.id, str(container.labels.get("kernel", ""))
         if kernel and kernel in self.kernel_manager:
             manager: Any = self.kernel_manager
             done = await manager.get_kernel(kernel).provisioner.change(lambda bench: act(bench, name))

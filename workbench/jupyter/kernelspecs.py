@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import workbench
-from workbench.model import Conflict, Image, InvalidInput
+from workbench.model import KERNEL_PREFIX, Conflict, Image, InvalidInput
 
 _MARK = "workbench"
 _LOGOS = ("logo-svg.svg", "logo-64x64.png")
@@ -58,6 +58,12 @@ def write(image_name: str, image: Image, *, logo: Path | None = None, mounts: Se
     return folder
 
 
+def offer(image_name: str, image: Image | None) -> None:
+    """``write``, where there is an image, and a kernel in it."""
+    if image is not None and image.kernel is not None:
+        write(image_name, image)
+
+
 def remove(image_name: str) -> None:
     """Remove the kernelspec of a name, if there is one of ours."""
     folder = _folder() / kernel_name(image_name)
@@ -72,7 +78,7 @@ def kernel_name(image_name: str) -> str:
     """``wb-<name>``, the tag at its end unless it is ``latest``; only characters that a kernelspec may have."""
     name, _, tag = image_name.partition(":")
     parts = [name.replace("/", "-"), *([tag.lower()] if tag not in ("", "latest") else [])]
-    return "wb-" + "-".join(parts)
+    return KERNEL_PREFIX + "-".join(parts)
 
 
 def written() -> Iterator[tuple[str, dict[str, Any]]]:

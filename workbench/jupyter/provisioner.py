@@ -44,9 +44,10 @@ from workbench.model import (
 
 if TYPE_CHECKING:
     from workbench.containers.container import Container
+    from workbench.history_face import Checkout
     from workbench.jupyter.last_words import Listener
     from workbench.model import Image, Kernel
-    from workbench.workbench import Checkout, Workbench
+    from workbench.workbench import Workbench
 
 
 class WorkbenchProvisioner(KernelProvisionerBase):

@@ -30,10 +30,15 @@ class _Hook:
             return
         file = contents_manager._get_os_path(path.strip("/"))
         provisioner = self._provisioner(path.strip("/"))
+        text = b""
+        with suppress(OSError), open(file, "rb") as old:
+            text = old.read()
+        if provisioner is None and f'"{notebooks.KEY}"'.encode() not in text:
+            return  # nothing is known: what a notebook says that is uploaded or copied stays
         head = provisioner.head if provisioner else None
         before: dict[str, Any] = {}
-        with suppress(OSError, ValueError), open(file, encoding="utf-8") as old:
-            before = json.load(old)
+        with suppress(ValueError):
+            before = json.loads(text)
         ran = provisioner.ran if provisioner else {}
         notebooks.annotate(model["content"], before, head=head, running=provisioner is not None, ran=ran)
         if head is not None:
