@@ -16,7 +16,7 @@ import pytest
 from workbench.containers.container import Container
 from workbench.history.snapshot import Snapshot
 from workbench.linux import userns
-from workbench.model import Image, InvalidInput, NotFound
+from workbench.model import Conflict, Image, InvalidInput, NotFound
 from workbench.workbench import Workbench
 
 DRIVER = (Path(__file__).parent / "driver.py").read_text()
@@ -215,8 +215,28 @@ def test_a_stopped_container(live: Live, workbench: Workbench) -> None:
     assert difference(listed(workbench, taken.image), before) == []
 
 
+def test_a_name_goes_on_along_its_own_history(workbench: Workbench, image: str) -> None:
+    """Two containers of one image: the second does not take the name from the first, and loses nothing by that."""
+    first, second = (workbench.create(image, argv=["true"], cwd=None, network="none") for _ in range(2))
+    try:
+        for number, container in enumerate((first, second)):
+            userns.call("tests.history.inside:contents", container.upper, {"opt/who": str(number)})
+        taken = workbench.snapshot(first.id, message="First", name="history/way")
+        with pytest.raises(Conflict, match="which this container does not come from; give another name with -t"):
+            workbench.snapshot(second.id, message="Second", name="history/way")
+        assert taken.image is not None and workbench.image("history/way").id == taken.image.id
+        other = workbench.snapshot(second.id, message="Second", name="history/other")
+        assert other.image is not None and other.image.parent == taken.parent
+        moved = workbench.snapshot(second.id, message="n", name="history/way", look_only=True)
+        assert moved.image is None
+    finally:
+        for container in (first, second):
+            workbench.remove(container.id, force=True)
+
+
 def test_stopping_is_no_change(live: Live, workbench: Workbench) -> None:
     live.ask(do="mutate", seed=3, rounds=20)
+    userns.call("tests.history.inside:contents", live.container.upper, {"tmp/left": "x"})  # /tmp goes with its end
     assert live.snapshot(name="history/running").image is not None
     live.end()
     assert live.container.settle()

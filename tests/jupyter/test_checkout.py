@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from pathlib import Path
 
 import nbformat
@@ -58,6 +60,33 @@ def test_from_top_to_bottom_by_nbclient(tmp_path: Path) -> None:
 
 def test_by_a_manager_whose_loop_does_not_run(start: Start) -> None:
     tour(start()[1])
+
+
+def test_between_two_kernels_it_looks_alive(start: Start) -> None:
+    """nbclient looks each second; here somebody looks all the time."""
+    manager, client = start()
+    run(client, WRITE.format("one"))
+    run(client, "%container snapshot -m One -t out/alive")
+    seen: list[bool] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            seen.append(asyncio.run(alive()))
+
+    async def alive() -> bool:
+        return bool(manager.provisioner.has_process and await manager.provisioner.poll() is None)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        assert "now in" in run(client, "%container checkout HEAD~1").stdout
+    finally:
+        over.set()
+        watcher.join()
+    assert len(seen) > 100
+    # Only to who ends it, from the order to end until it has ended.
+    assert seen.count(False) <= len(seen) / 50, seen.count(False)
 
 
 def test_by_an_editor_that_starts_argv_itself(image: str, tmp_path: Path) -> None:
