@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from workbench.containers import pause
 from workbench.containers.container import Container
 from workbench.history.snapshot import Snapshot
 from workbench.linux import userns
@@ -154,6 +156,25 @@ def test_a_moment_of_what_is_being_written(workbench: Workbench, image: str) -> 
         while len(seen) < 5:  # it goes on
             assert time.monotonic() < until
             seen.add((Path(container.upper) / "opt/a").read_text())
+
+
+def test_it_goes_on_when_its_guard_is_killed(workbench: Workbench, image: str) -> None:
+    with writing(workbench, image, WRITER) as container:
+        # Whether that is in time to be said is chance: until somebody lets it go it stands still in any case.
+        with suppress(Conflict), pause.guard(container.id, container.pid) as guard, pause.paused(guard):
+            (killed,) = guards()
+            os.kill(killed, signal.SIGKILL)
+        before = (Path(container.upper) / "opt/a").read_text()
+        until = time.monotonic() + 10
+        while (Path(container.upper) / "opt/a").read_text() == before:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+
+def guards() -> list[int]:
+    """Children of this process that keep a container still."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(child) for child in children if b"containers.pause" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 MAPPED = """
