@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import pytest
 
@@ -23,6 +24,7 @@ def forked(cli, image):
     for name, script in (("fork-one", MAKE), ("fork-two", "echo two > /opt/two")):
         done = cli("run", "--no-folder", "--network", "none", "python", "sh", "-c", script)
         container = re.findall(r"container (\w+) stays", done.err)[0]
+        time.sleep(1 - time.time() % 1)  # the date of an image is in seconds, and the later one is drawn first
         assert cli("snapshot", container, "-m", f"Make {name}", "-t", name).code == 0
         cli("rm", "-f", container)
     yield
