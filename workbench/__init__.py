@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 
 def load_ipython_extension(shell: Any) -> None:
     """``%load_ext workbench`` in a kernel that runs in no container: ``%container`` asks the command line."""
-    from workbench.guest import magics
+    from workbench import guest
 
-    magics.load_ipython_extension(shell)
+    guest.load_ipython_extension(shell)
 
 
 def _jupyter_server_extension_points() -> list[dict[str, str]]:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from workbench.images.refs import Refs
     from workbench.images.store import Store
 
-_GUEST_MODULE = os.path.join(os.path.dirname(os.path.realpath(__file__)), "guest", "magics.py")
+_GUEST = os.path.join(os.path.dirname(os.path.realpath(__file__)), "guest")
 
 
 def default_home() -> str:
@@ -248,8 +248,7 @@ class Workbench(HistoryFace, LoggingConfigurable):
             known = tuple(filter(None, map(spec.label, names)))
             wanted = replace(wanted, forwards=tuple(forwards), names=known)
             if guest:
-                module = Mount(_GUEST_MODULE, f"{spec.GUEST}/workbench_guest.py", read_only=True)
-                wanted = replace(wanted, mounts=(*wanted.mounts, module))
+                wanted = replace(wanted, mounts=(*wanted.mounts, *_guest()))
             about = {"image": image, **(labels or {})}
             if again is not None:
                 again.claim(wanted, about)
@@ -457,6 +456,15 @@ def _memory(text: str) -> int | None:
     except ValueError:
         raise InvalidInput("read Workbench.memory", f"{text!r} is no size", 'write it like "2G" or "90%"') from None
     return int(part * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _guest() -> list[Mount]:
+    """The package ``workbench_guest``, file by file: a folder of somebody's home could not be read inside."""
+    return [
+        Mount(f"{_GUEST}/{name}", f"{spec.GUEST}/workbench_guest/{name}", read_only=True)
+        for name in sorted(os.listdir(_GUEST))
+        if name.endswith(".py")
+    ]
 
 
 def _files(settings: Settings) -> tuple[Mount, ...]:

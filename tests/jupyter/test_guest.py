@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from jupyter_client.manager import start_new_kernel
 from tests.jupyter.clients import argv_kernel, run
 from tests.jupyter.conftest import Server, Start
 from tests.jupyter.test_server import Session
-from workbench.guest import magics
+from workbench import guest
+from workbench.guest import words
 from workbench.jupyter import guest_api
 from workbench.workbench import Workbench
 
@@ -105,7 +107,7 @@ def test_an_editor_that_starts_argv_itself(image: str, tmp_path: Path) -> None:
 
 def test_what_it_does_not_know_is_said(start: Start) -> None:
     _, client = start()
-    for line, words in (
+    for line, expected in (
         ("%container", "this container: image"), ("%container frob", "is no verb"), ("%container log -n x", "a number"),
         ("%container log --frob", "has no option"), ("%container snapshot", "no message"),
         ("%container snapshot -m", "wants a value"), ("%container tag", "wants a NAME"), ("%container log 'x", "quot"),
@@ -113,7 +115,7 @@ def test_what_it_does_not_know_is_said(start: Start) -> None:
         ("%container tag UPPER", "is not one"), ("%container export x", "in a terminal, jupyter workbench export"),
     ):  # fmt: skip
         done = run(client, line)
-        assert words in done.stdout + done.stderr and not done.error, (line, done)
+        assert expected in done.stdout + done.stderr and not done.error, (line, done)
 
 
 def test_nothing_of_others(start: Start, cli, image: str) -> None:
@@ -188,17 +190,20 @@ def test_in_a_kernel_without_a_container(image: str, tmp_path: Path) -> None:
 
 
 def test_what_runs_inside_is_python_3_8(tmp_path: Path) -> None:
-    source = Path(magics.__file__).read_text()
-    ast.parse(source, feature_version=(3, 8))
-    found = {name.split(".")[0] for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import)
-             for name in [alias.name for alias in node.names]}  # fmt: skip
-    assert found <= set(sys.stdlib_module_names) | {"pandas"}
-    code = f"import sys; sys.path.append({str(Path(magics.__file__).parent)!r}); import magics; "
-    code += "print(magics.parse('log -n 3 a'))"
+    sources = sorted(Path(guest.__file__).parent.glob("*.py"))
+    assert len(sources) > 3
+    trees = [ast.parse(source.read_text(), feature_version=(3, 8)) for source in sources]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    found = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {str(node.module).split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    assert found <= set(sys.stdlib_module_names) | {"pandas", "IPython", "tornado"}
+    os.symlink(Path(guest.__file__).parent, tmp_path / "workbench_guest")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); from workbench_guest import magics, words; "
+    code += "print(words.parse('log -n 3 a'))"
     done = subprocess.run([sys.executable, "-ISc", code], capture_output=True, text=True, check=True)
     assert done.stdout == "{'do': 'log', 'number': 3, 'image': 'a'}\n"
 
 
 def test_every_verb_is_told_of(image: str) -> None:
-    verbs = {line.split()[1] for line in magics._HELP.splitlines() if line.startswith("%container ")}
+    verbs = {line.split()[1] for line in words.HELP.splitlines() if line.startswith("%container ")}
     assert verbs == {*guest_api._KNOWN, "help"} - {"again", "hello"}  # which no user types

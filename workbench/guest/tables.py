@@ -1,0 +1,117 @@
+"""How answers are shown: as Git tells of them, with a table where pandas is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .api import Request
+
+
+def size(number: float) -> str:
+    """``536870912`` as ``512.0 MiB``."""
+    value = float(number)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < 1024:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"
+
+
+def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Any:
+    """Rows as a DataFrame where pandas is there, else as aligned text."""
+    try:
+        import pandas
+    except ImportError:
+        cells = [list(columns)] + [[str(row.get(name, "")) for name in columns] for row in rows]
+        widths = [max(len(line[number]) for line in cells) for number in range(len(columns))]
+        print("\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in cells))
+        return None
+    return pandas.DataFrame([{name: row.get(name, "") for name in columns} for row in rows], columns=list(columns))
+
+
+def show_status(value: Any, _request: Request) -> None:
+    """What ``status`` answers, as lines."""
+    lines = [
+        ("image", "{} {}".format(value["image"], value["image_id"][7:19])),
+        ("snapshot", "{} {}".format(value["ref"], value["head"][7:19]) if value["ref"] else "none yet"),
+        ("changed since", "%d files and folders, %s" % (value["changes"], size(value["size"]))),
+        ("network", value["network"]),
+    ]
+    usage = value.get("usage")
+    if usage:
+        lines += [
+            ("memory", size(usage["memory"])),
+            ("processes", usage["processes"]),
+            ("processor", "{:.1f} s".format(usage["cpu"])),
+        ]
+    for name, limit in sorted(value["limits"].items()):
+        if limit is not None:
+            lines.append(("limit of " + name, size(limit) if name == "memory" else limit))
+    print("\n".join("%-20s %s" % line for line in lines))
+
+
+def show_snapshot(value: Any, request: Request) -> None:
+    """As Git tells of a commit."""
+    if request.get("dry_run"):
+        for path in value["paths"]:
+            print("/" + path)
+        for path in value["skipped"]:
+            print("left out: /" + path)
+    if not value["image"]:
+        said = "would be taken" if value["changes"] else "nothing has changed"
+        print("%d changes, %s: %s" % (value["changes"], size(value["size"]), said))
+        return
+    print("[{} {}] {}".format(value["ref"], value["image"][7:19], request.get("message", "").strip().split("\n")[0]))
+    print(" %d changes, %s; paused for %.0f ms" % (value["changes"], size(value["size"]), value["paused"] * 1e3))
+
+
+def show_log(value: Any, request: Request) -> Any:
+    """A table, or a line for each."""
+    if request.get("oneline"):
+        for entry in value:
+            print("{}{} {}".format(entry["id"][7:19], _names(entry), entry["message"].split("\n")[0]))
+        return None
+    rows = [
+        {"image": entry["id"][7:19], "names": ", ".join(entry["names"]), "message": entry["message"].split("\n")[0],
+         "author": entry["author"], "date": entry["when"], "size": size(entry["size"])}
+        for entry in value
+    ]  # fmt: skip
+    return table(rows, ("image", "names", "message", "author", "date", "size"))
+
+
+def _names(entry: dict[str, Any]) -> str:
+    return " ({})".format(", ".join(entry["names"])) if entry["names"] else ""
+
+
+def show_diff(value: Any, request: Request) -> Any:
+    """Counts, then packages or files."""
+    files = value["files"]
+    kinds = ["%d %s" % (sum(row["kind"] == kind for row in files), word)
+             for kind, word in (("A", "added"), ("M", "modified"), ("D", "deleted"))]  # fmt: skip
+    grown = sum(row["after"] - row["before"] for row in files)
+    sign = "+" if grown >= 0 else "-"
+    print(f"{len(value['packages'])} packages; {len(files)} files: {', '.join(kinds)}; {sign}{size(abs(grown))}")
+    if request.get("files"):
+        rows = [dict(row, path="/" + row["path"]) for row in files]
+        return table(rows, ("kind", "path", "before", "after"))
+    return table(value["packages"], ("name", "kind", "before", "after", "place")) if value["packages"] else None
+
+
+def show_show(value: Any, request: Request) -> Any:
+    """One image, and what it changed."""
+    print("image {}{}".format(value["id"][7:], _names(value)))
+    if value["author"]:
+        print("Author: " + value["author"])
+    print("Date:   {}\n\n    {}\n".format(value["when"], value["message"].replace("\n", "\n    ")))
+    return show_diff(value["diff"], request) if value["diff"] else None
+
+
+def show_tag(value: Any, _request: Request) -> None:
+    """The name and the ID."""
+    print(value)
+
+
+def show_branch(value: Any, _request: Request) -> None:
+    """As git-branch(1): a star before the one that snapshots move."""
+    for row in value:
+        print("{} {} {}".format("*" if row["current"] else " ", row["name"], row["image"][7:19]))
