@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from workbench.linux import userns
-from workbench.model import HostLacks
+from workbench.model import HostLacks, WorkbenchError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -142,6 +142,12 @@ def release(path: str, fd: int) -> None:
         os.close(fd)
 
 
+def let_go(path: str, fd: int) -> None:
+    """``release`` after work that is done, or has failed for a better reason: what resists is swept by the next one."""
+    with suppress(OSError, WorkbenchError):
+        release(path, fd)
+
+
 @contextmanager
 def staging(tmp: str) -> Iterator[str]:
     """A private folder below ``tmp``, held by this process and gone at the end."""
@@ -149,7 +155,7 @@ def staging(tmp: str) -> Iterator[str]:
     try:
         yield path
     finally:
-        release(path, fd)
+        let_go(path, fd)
 
 
 def is_held(path: str) -> bool:

@@ -344,7 +344,7 @@ class Store:
         finally:
             with self._guard:
                 self._leases.remove(held)
-            files.release(path, fd)
+            files.let_go(path, fd)
 
     def _note(self, digest: str) -> None:
         with self._guard:
