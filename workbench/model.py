@@ -24,7 +24,9 @@ class WorkbenchError(Exception):
     def __init__(self, tried: str, obstacle: str, remedy: str = "", exit_code: int = 1) -> None:
         self.tried, self.obstacle, self.remedy, self.exit_code = tried, obstacle, remedy, exit_code
         line = f"{tried}: {obstacle}" + (f"; {remedy}" if remedy else "")
-        super().__init__(" ".join(line.split()))
+        line = " ".join(line.split())
+        # What an archive or an image says may stand in it.
+        super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line))
 
     def as_dict(self) -> dict[str, Any]:
         """The error as it crosses a process boundary; ``from_dict`` is its inverse."""

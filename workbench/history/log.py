@@ -104,7 +104,7 @@ def entry(store: Store, image: Image, names: tuple[str, ...] = ()) -> Entry:
     facts = dict(image.labels).get(LABEL, "") if image.parent else ""
     try:
         machine = {str(key): str(value) for key, value in json.loads(facts or "{}").items()}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         machine = {}
     built = "built from a recipe" if history else "imported"
     return Entry(

@@ -53,9 +53,8 @@ def load(
         if not wanted:
             raise InvalidInput(f"import {path}", "the archive gives its image no name", "give one: import FILE NAME")
         refs.find(wanted)  # a name that cannot be one is said before the work
+        files = archive.along(source, export.ALONG, _NOTEBOOK)  # whatever else lies there is left there
         image = archive.take(store, source, found[0] if len(found) > 1 else "")
         refs.move(wanted, image.id, f"import: {os.path.basename(path)}", force=force)
-        files = archive.along(source, export.ALONG)
     notebooks.note_place(str(store.home), image.id, path)
-    # Whatever else lies there is left there.
-    return wanted, image, {file: data for file, data in files.items() if _NOTEBOOK.fullmatch(file)}
+    return wanted, image, files

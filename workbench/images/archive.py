@@ -7,12 +7,14 @@ what it unpacks to is laid out by ``Store.add_tar``.
 
 from __future__ import annotations
 
-import json
 import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+import msgspec
 
 from workbench.images import config
 from workbench.images.files import clear_errors
@@ -22,6 +24,50 @@ from workbench.model import Corrupt, Image, InvalidInput, NotFound
 
 _ALONG = 64 << 20  # bytes of a file that comes along
 _INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
+_SHOWN = 10  # names in an error
+
+
+class _Annotations(msgspec.Struct):
+    name: str = msgspec.field(name="org.opencontainers.image.ref.name", default="")
+
+
+class _Platform(msgspec.Struct):
+    os: str = ""
+    architecture: str = ""
+
+
+class _Descriptor(msgspec.Struct, rename="camel"):
+    """descriptor.md. What is not said here is passed over without being kept, however much it is."""
+
+    digest: str
+    size: int | None = None
+    media_type: str = ""
+    annotations: _Annotations | None = None
+    platform: _Platform | None = None
+
+    @property
+    def name(self) -> str:
+        return self.annotations.name if self.annotations else ""
+
+
+class _Document(msgspec.Struct, rename="camel"):
+    """An index or a manifest: media types are often missing."""
+
+    media_type: str = ""
+    manifests: list[_Descriptor] | None = None
+    config: _Descriptor | None = None
+    layers: list[_Descriptor] | None = None
+
+
+class _Docker(msgspec.Struct, rename="pascal"):
+    config: str
+    layers: list[str]
+    repo_tags: list[str] | None = None
+
+
+#: A layer's name in the archive, and the digest and size of that blob where they are known.
+_Blob = tuple[str, str, int | None]
+_T = TypeVar("_T")
 
 
 def load(store: Store, path: Path | str, ref: str = "") -> Image:
@@ -48,10 +94,10 @@ def take(store: Store, source: Source, ref: str = "") -> Image:
         if len(wanted) != len(layers):
             raise Corrupt(TRIED, f"the config names {len(wanted)} layers, the manifest {len(layers)}", "get it again")
     with clear_errors(TRIED, str(store.home)), store.lease(*wanted), store.staging() as staging:
-        for diff_id, (name, digest) in zip(wanted, layers, strict=True):
+        for diff_id, blob in zip(wanted, layers, strict=True):
             if not store.has_layer(diff_id):
                 tar = staging / "layer.tar"
-                _layer(source, name, digest, tar)
+                _layer(source, blob, tar)
                 store.add_tar(tar, diff_id)
         image = store.add_image(data)
         _take_ancestors(source, store, image)
@@ -63,8 +109,8 @@ def _well_formed() -> Iterator[None]:
     """JSON that is not of the shape that the specification says."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise Corrupt(TRIED, f"its manifest is malformed ({error!r})", "get it again") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Corrupt(TRIED, f"its manifest is malformed ({error})", "get it again") from None
 
 
 def _take_ancestors(source: Source, store: Store, image: Image) -> None:
@@ -73,8 +119,8 @@ def _take_ancestors(source: Source, store: Store, image: Image) -> None:
         if not image.parent or not source.has(_path(image.parent)):
             return
         try:
-            image = store.add_image(_blob(source, image.parent))
-        except (NotFound, InvalidInput):  # it is no config of ours, or stands on other layers
+            image = store.add_image(_blob(source, _Descriptor(image.parent)))
+        except (NotFound, InvalidInput, Corrupt):  # it is no config, or stands on other layers
             return
 
 
@@ -82,77 +128,98 @@ def names(source: Source) -> list[str]:
     """What an archive calls its images, first its own order. Raises as ``take`` does."""
     with _well_formed():
         if source.has("index.json"):
-            entries = _json(source, "index.json").get("manifests", [])
-            return [
-                str(name) for entry in entries
-                if (name := entry.get("annotations", {}).get("org.opencontainers.image.ref.name"))
-            ]  # fmt: skip
-        return [str(name) for entry in _json(source, "manifest.json") for name in entry.get("RepoTags") or ()]
+            return [entry.name for entry in _index(source) if entry.name]
+        return [name for entry in _dockers(source) for name in entry.repo_tags or ()]
 
 
-def along(source: Source, folder: str) -> dict[str, bytes]:
-    """The files that came along in an archive below a folder of it, by name; small ones only."""
-    return {name: source.read(folder + name, _ALONG) for name in source.names(folder)}
+def along(source: Source, folder: str, wanted: re.Pattern[str]) -> dict[str, bytes]:
+    """The files that came along in an archive below a folder of it, by name, if that is ``wanted``.
+
+    Raises InvalidInput when they are large.
+    """
+    found: dict[str, bytes] = {}
+    left = _ALONG
+    for name in source.names(folder):
+        if wanted.fullmatch(name):
+            found[name] = source.read(folder + name, left)
+            left -= len(found[name])
+    return found
 
 
-def _of_layout(source: Source, ref: str) -> tuple[bytes, list[tuple[str, str]]]:
-    entries = _json(source, "index.json").get("manifests", [])
-    named = {entry.get("annotations", {}).get("org.opencontainers.image.ref.name", ""): entry for entry in entries}
-    if ref and ref not in named:
-        raise NotFound(TRIED, f"it holds no {ref}", f"it has {', '.join(filter(None, named)) or 'one without a name'}")
-    if not ref and len(entries) != 1:
-        raise InvalidInput(TRIED, f"it holds {len(entries)} images", f"name one of {', '.join(filter(None, named))}")
-    entry = named[ref] if ref else entries[0]
-    manifest = json.loads(_blob(source, entry["digest"]))
-    while manifest.get("mediaType", entry.get("mediaType")) in _INDEXES or "manifests" in manifest:
-        entry = _for_this_machine(manifest["manifests"])
-        manifest = json.loads(_blob(source, entry["digest"]))
-    layers = [(_path(layer["digest"]), layer["digest"]) for layer in manifest["layers"]]
-    return _blob(source, manifest["config"]["digest"]), layers
+def _index(source: Source) -> list[_Descriptor]:
+    return _json(source.read("index.json", config.MAX_SIZE), _Document).manifests or []
 
 
-def _of_docker(source: Source, ref: str) -> tuple[bytes, list[tuple[str, str]]]:
-    entries = _json(source, "manifest.json")
-    found = [entry for entry in entries if not ref or ref in (entry.get("RepoTags") or ())]
+def _dockers(source: Source) -> list[_Docker]:
+    return _json(source.read("manifest.json", config.MAX_SIZE), list[_Docker])
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(name[:100] for name in names[:_SHOWN]) + more
+
+
+def _of_layout(source: Source, ref: str) -> tuple[bytes, list[_Blob]]:
+    entries = _index(source)
+    named = [entry.name for entry in entries if entry.name]
+    found = [entry for entry in entries if not ref or entry.name == ref]
+    if not found and ref:
+        raise NotFound(TRIED, f"it holds no {ref}", f"it has {_some(named) or 'one without a name'}")
+    if len(found) != 1 and not ref:
+        raise InvalidInput(TRIED, f"it holds {len(entries)} images", f"name one of {_some(named)}")
+    entry = found[-1]
+    while (manifest := _json(_blob(source, entry), _Document)).manifests is not None or (
+        (manifest.media_type or entry.media_type) in _INDEXES
+    ):
+        entry = _for_this_machine(manifest.manifests or [])
+    if manifest.config is None or manifest.layers is None:
+        raise Corrupt(TRIED, "its manifest is malformed (it names no config or no layers)", "get it again")
+    layers = [(_path(layer.digest), layer.digest, layer.size) for layer in manifest.layers]
+    return _blob(source, manifest.config), layers
+
+
+def _of_docker(source: Source, ref: str) -> tuple[bytes, list[_Blob]]:
+    entries = _dockers(source)
+    found = [entry for entry in entries if not ref or ref in (entry.repo_tags or ())]
     if len(found) != 1:
-        names = [name for entry in entries for name in entry.get("RepoTags") or ()]
-        raise InvalidInput(TRIED, f"{len(found)} images of it fit", f"name one of {', '.join(names)}")
-    return source.read(found[0]["Config"], config.MAX_SIZE), [(name, "") for name in found[0]["Layers"]]
+        names = [name for entry in entries for name in entry.repo_tags or ()]
+        raise InvalidInput(TRIED, f"{len(found)} images of it fit", f"name one of {_some(names)}")
+    return source.read(found[0].config, config.MAX_SIZE), [(name, "", None) for name in found[0].layers]
 
 
-def _for_this_machine(entries: list[dict[str, Any]]) -> dict[str, Any]:
+def _for_this_machine(entries: list[_Descriptor]) -> _Descriptor:
     wanted = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
     for entry in entries:
-        about = entry.get("platform", {})
-        if (about.get("os"), about.get("architecture")) == ("linux", wanted):
+        if entry.platform and (entry.platform.os, entry.platform.architecture) == ("linux", wanted):
             return entry
     raise NotFound(TRIED, f"it holds no image for linux/{wanted}", "get one for this machine")
 
 
-def _layer(source: Source, name: str, digest: str, target: Path) -> None:
-    """A layer's blob as a plain tar; the blob is held against its digest, where there is one."""
+def _layer(source: Source, blob: _Blob, target: Path) -> None:
+    """A layer's blob as a plain tar; the blob is held against its digest and size, where they are known."""
+    name, digest, size = blob
     with source.open(name) as file:
         checked = Checked(file)
         unpack(checked, target)
     if digest and checked.digest != digest:
         raise Corrupt(TRIED, f"blob {digest[:19]} is {checked.digest[:19]}", "get the archive again")
+    if size not in (None, checked.size):
+        raise Corrupt(TRIED, f"blob {digest[:19]} has {checked.size} bytes, not {size}", "get the archive again")
 
 
-def _json(source: Source, name: str) -> Any:
-    try:
-        return json.loads(source.read(name, config.MAX_SIZE))
-    except ValueError as error:
-        raise Corrupt(TRIED, f"{name} is no JSON ({error})", "get it again") from None
+def _json(data: bytes, kind: type[_T]) -> _T:
+    return msgspec.json.decode(data, type=kind)
 
 
 def _path(digest: str) -> str:
     if not config.DIGEST.fullmatch(digest):
-        raise InvalidInput(TRIED, f"{digest!r} is no sha256 digest", "get another archive")
+        raise InvalidInput(TRIED, f"{digest[:100]!r} is no sha256 digest", "get another archive")
     return f"blobs/sha256/{digest[7:]}"
 
 
-def _blob(source: Source, digest: str) -> bytes:
+def _blob(source: Source, described: _Descriptor) -> bytes:
+    digest = described.digest
     data = source.read(_path(digest), config.MAX_SIZE)
-    if config.digest_of(data) != digest:
-        raise Corrupt(TRIED, f"blob {digest[:19]} is not what its digest says", "get the archive again")
+    if config.digest_of(data) != digest or described.size not in (None, len(data)):
+        raise Corrupt(TRIED, f"blob {digest[:19]} is not what its digest and size say", "get the archive again")
     return data

@@ -124,7 +124,7 @@ def decode(data: bytes) -> Image:
     """
     try:
         document = msgspec.json.decode(data, type=_Config)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Corrupt("read an image's config", str(error), "build or pull the image again") from None
     if document.os != "linux" or document.rootfs.type != "layers":
         raise InvalidInput(
@@ -169,7 +169,7 @@ def _ours(text: str | None, kind: type[Any], label: str) -> Any:
         return None
     try:
         return msgspec.json.decode(text, type=kind, strict=True)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise InvalidInput(
             "read an image's config", f"its label {label} is malformed ({error})", "build the image again"
         ) from None

@@ -32,6 +32,8 @@ WHITEOUT = b".wh."
 OPAQUE_MARK = b".wh..wh..opq"
 _AUFS = b".wh..wh."  # bookkeeping of aufs that old Docker layers carry; says nothing about files
 _APPLY = "apply a layer's archive"
+#: Bytes of folders' attributes, which wait for the end; an ACL takes some dozen.
+_HELD = 16 << 20
 
 Owners = dict[str, Any]
 
@@ -77,6 +79,7 @@ class _Target:
         self.owners: Owners = {}
         # A root that the archive doesn't mention is as every root is, whatever this process's umask.
         self._folders: dict[bytes, tar.Entry] = {b"": tar.Entry(b"", tar.FOLDER, 0o755)}
+        self._held = 0
         self._whiteouts: list[bytes] = []
         self._opaque: set[bytes] = set()
         self._parent, self._parent_fd = b"", os.dup(self.root)
@@ -95,6 +98,9 @@ class _Target:
         try:
             if entry.kind == tar.FOLDER:
                 self._folder(path, parent, name)
+                self._held += sum(len(key) + len(value) for key, value in entry.xattrs.items())
+                if self._held > _HELD:
+                    raise tar.bad(f"the attributes of its folders take more than {_HELD >> 20} MB")
                 self._folders[path] = entry
                 return
             if not name:

@@ -36,13 +36,13 @@ def split(text: str) -> tuple[str, str]:
     if len(name) > _LONGEST or name == "sha256" or not all(_PART.fullmatch(part) for part in name.split("/")):
         raise InvalidInput(
             "read an image's name",
-            f"{text!r} is not one",
+            f"{text[:_LONGEST]!r} is not one",
             "use lower-case letters and digits, with single . _ - between them and / between parts",
         )
     if not _TAG.fullmatch(tag):
         raise InvalidInput(
             "read an image's name",
-            f"{tag!r} is no tag",
+            f"{tag[:_LONGEST]!r} is no tag",
             "use up to 128 letters, digits, dots, dashes and underscores after the colon",
         )
     return name, tag

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
 import shutil
 import stat
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from workbench.images import config
+from workbench.images.tree import below
 from workbench.model import Corrupt, HostLacks, InvalidInput, NotFound
 
 TRIED = "read an image's archive"
 #: Files of an archive: a layer is one, and overlayfs takes some hundred.
 MEMBERS = 10_000
+#: Bytes of extended headers in all.
+_EXTENDED = 16 << 20
 _CHUNK = 1 << 20
 #: Bytes of the disk that stay free.
 _SPARE = 256 << 20
@@ -40,16 +44,21 @@ def opened(path: Path | str, staging: Callable[[], AbstractContextManager[Path]]
         file = open(path, "rb")
     except FileNotFoundError:
         raise NotFound(TRIED, f"there is no {path}", "correct the name") from None
-    with file, staging() as folder:
+    with ExitStack() as stack:
+        stack.enter_context(file)
+        folder = stack.enter_context(staging())
         if _packed(file.read(4)):
-            path = folder / "archive.tar"
+            plain = folder / "archive.tar"
             file.seek(0)
-            unpack(Checked(file), path)
+            unpack(Checked(file), plain)
+            file = stack.enter_context(open(plain, "rb"))
+        file.seek(0)
         try:
-            with tarfile.open(path, "r:", tarinfo=_Plain) as archive:
-                yield _Tar(archive)
-        except (tarfile.TarError, EOFError) as error:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=_Plain) as archive:
+                source = _Tar(archive, file)
+        except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
             raise InvalidInput(TRIED, f"{path} is no tar archive ({error})", "give an OCI archive") from None
+        yield source
 
 
 def unpack(checked: Checked, target: Path) -> None:
@@ -89,15 +98,29 @@ class Source:
 
 
 class _Folder(Source):
+    """Nothing is reached through a link."""
+
     def __init__(self, path: Path) -> None:
         self._path = path
 
+    def _open(self, name: str, flags: int) -> int:
+        root = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return below(root, os.fsencode(name), flags)
+        finally:
+            os.close(root)
+
     def has(self, name: str) -> bool:
-        return (self._path / name).is_file()
+        try:
+            fd = self._open(name, os.O_PATH)
+        except OSError:
+            return False
+        os.close(fd)
+        return True
 
     def open(self, name: str) -> IO[bytes]:
         try:
-            fd = os.open(self._path / _inside(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = self._open(_inside(name), os.O_RDONLY | os.O_NONBLOCK)
         except OSError:
             raise Corrupt(TRIED, f"it lacks {name}", "get the archive again") from None
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -107,34 +130,58 @@ class _Folder(Source):
 
     def names(self, folder: str) -> list[str]:
         try:
-            return sorted(os.listdir(self._path / folder))
+            fd = self._open(folder.rstrip("/"), os.O_RDONLY | os.O_DIRECTORY)
         except OSError:
             return []
+        try:
+            return sorted(os.listdir(fd))
+        finally:
+            os.close(fd)
 
 
 class _Plain(tarfile.TarInfo):
     """A header whose extensions (pax(1)) are not read into memory when they are larger than any in use."""
 
     def _proc_pax(self, archive: tarfile.TarFile) -> Any:
-        return self._small()._proc_pax(archive)
+        return self._small(archive)._proc_pax(archive)
 
     def _proc_gnulong(self, archive: tarfile.TarFile) -> Any:
-        return self._small()._proc_gnulong(archive)
+        return self._small(archive)._proc_gnulong(archive)
 
-    def _small(self) -> Any:
-        if self.size > config.MAX_SIZE:
-            raise InvalidInput(TRIED, f"one of its headers takes {self.size} bytes", "do not trust it")
+    def _small(self, archive: Any) -> Any:
+        held = archive.extended = getattr(archive, "extended", 0) + self.size
+        if held > _EXTENDED:
+            raise InvalidInput(TRIED, f"its headers take {held} bytes", "do not trust it")
         return super()
 
 
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """What is kept of a header. link: the name of another member, for links."""
+
+    start: int
+    size: int
+    plain: bool
+    link: str
+
+
 class _Tar(Source):
-    def __init__(self, archive: tarfile.TarFile) -> None:
-        self._archive = archive
-        self._members: dict[str, tarfile.TarInfo] = {}
-        for member in archive:
+    def __init__(self, archive: tarfile.TarFile, file: IO[bytes]) -> None:
+        self._file = file
+        self._members: dict[str, _Member] = {}
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # it keeps them all, with all that they say
             if len(self._members) >= MEMBERS:
                 raise InvalidInput(TRIED, f"it holds more than {MEMBERS} files", "get another archive")
-            self._members[os.path.normpath(member.name)] = member
+            if member.issparse():
+                raise InvalidInput(TRIED, f"{member.name[:80]} is sparse, as no file of an image is", "do not trust it")
+            link = ""
+            if member.islnk() or member.issym():
+                above = os.path.dirname(member.name) if member.issym() else ""
+                link = os.path.normpath(os.path.join(above, member.linkname))
+            self._members[os.path.normpath(member.name)] = _Member(
+                member.offset_data, member.size, member.isfile(), link
+            )
 
     def has(self, name: str) -> bool:
         return name in self._members
@@ -145,15 +192,29 @@ class _Tar(Source):
 
     def open(self, name: str) -> IO[bytes]:
         member = self._members.get(os.path.normpath(_inside(name)))
-        # Docker writes a layer that it has twice as a link.
-        if member is not None and (member.islnk() or member.issym()):
-            above = os.path.dirname(member.name) if member.issym() else ""
-            member = self._members.get(os.path.normpath(os.path.join(above, member.linkname)))
-        if member is None or not member.isfile():
+        if member is not None and member.link:  # Docker writes a layer that it has twice as a link
+            member = self._members.get(member.link)
+        if member is None or not member.plain:
             raise Corrupt(TRIED, f"it lacks {name}", "get the archive again")
-        file = self._archive.extractfile(member)
-        assert file
-        return file
+        return cast(IO[bytes], io.BufferedReader(_Part(self._file, member.start, member.size)))
+
+
+class _Part(io.RawIOBase):
+    """A piece of a file."""
+
+    def __init__(self, file: IO[bytes], start: int, size: int) -> None:
+        self._file, self._at, self._end = file, start, start + size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = os.pread(self._file.fileno(), min(len(buffer), self._end - self._at), self._at)
+        if not data and self._at < self._end:
+            raise Corrupt(TRIED, "it ends early", "get the archive again")
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def _inside(name: str) -> str:
@@ -167,6 +228,7 @@ class Checked:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._hash, self._ahead = file, hashlib.sha256(), b""
+        self.size = 0  # bytes read so far
 
     def peek(self, size: int) -> bytes:
         """Its first bytes, which are read again."""
@@ -180,6 +242,7 @@ class Checked:
             ahead, self._ahead = self._ahead[:cut], self._ahead[cut:]
             return ahead
         data = self._file.read(size)
+        self.size += len(data)
         self._hash.update(data)
         return data
 

@@ -29,7 +29,8 @@ XATTR = b"SCHILY.xattr."
 #: Names at the two levels where Linux itself ends (PATH_MAX, NAME_MAX in limits.h).
 LONGEST_PATH = 4095
 LONGEST_NAME = 255
-_LONGEST_RECORD = 1 << 20  # as Go's archive/tar; file capabilities and ACLs take some dozen bytes
+#: As Go's archive/tar; file capabilities and ACLs take some dozen bytes.
+LONGEST_RECORD = 1 << 20
 
 FILE, HARD_LINK, SYMLINK, CHARACTER, BLOCK_DEVICE, FOLDER, FIFO = b"0", b"1", b"2", b"3", b"4", b"5", b"6"
 
@@ -145,25 +146,23 @@ def read_record(path: str) -> Iterator[tuple[bytes, int]]:
 
 class _Inflated:
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._inflate, self._rest = file, zlib.decompressobj(), b""
+        self._file, self._inflate, self._rest = file, zlib.decompressobj(), bytearray()
 
     def read(self, size: int, last: bool = False) -> bytes:
-        parts, have = [self._rest], len(self._rest)
-        while have < size:
-            chunk = self._file.read(CHUNK)
+        while len(self._rest) < size:
+            chunk = self._inflate.unconsumed_tail or self._file.read(CHUNK)
             try:
-                data = self._inflate.decompress(chunk) if chunk else b""
+                data = self._inflate.decompress(chunk, CHUNK)  # no more: a megabyte may hold a thousand
             except zlib.error:
                 data = chunk = b""
-            if not chunk:
-                if last and not have:
+            if not chunk and not data:
+                if last and not self._rest:
                     return b""
                 raise Corrupt("remake a layer's archive", "its record ends early", "build or pull the image again")
-            parts.append(data)
-            have += len(data)
-        whole = b"".join(parts)
-        self._rest = whole[size:]
-        return whole[:size]
+            self._rest += data
+        found = bytes(self._rest[:size])
+        del self._rest[:size]
+        return found
 
 
 @dataclass(slots=True)
@@ -332,8 +331,9 @@ class Reader:
         return None
 
     def _extend(self, kind: bytes, size: int, extended: dict[bytes, bytes]) -> None:
-        if size > _LONGEST_RECORD:
-            raise bad(f"an extended header takes {size} bytes")
+        held = sum(len(key) + len(value) for known in (extended, self._globals) for key, value in known.items())
+        if size + held > LONGEST_RECORD:
+            raise bad(f"extended headers take {size + held} bytes")
         body = self._literal(size)
         self._padding(size)
         if kind in (b"L", b"K"):  # GNU tar's long names

@@ -14,6 +14,8 @@ OPAQUE = "user.overlay.opaque"
 #: How an attribute of that name that a file itself has is kept, as overlayfs does for nested overlays.
 ESCAPED = "user.overlay.overlay."
 
+_LARGE = 10_000
+
 _INSIDE = sc.RESOLVE_BENEATH | sc.RESOLVE_NO_SYMLINKS | sc.RESOLVE_NO_MAGICLINKS | sc.RESOLVE_NO_XDEV
 
 
@@ -52,7 +54,8 @@ def walk(
             try:
                 yield path, fd, path.rpartition(b"/")[2], os.fstat(fd)
                 start = path + b"/" if path else b""
-                folders, others = [], []
+                folders: list[bytes] = []
+                others: list[tuple[bool, bytes, os.stat_result | None]] = []
                 with os.scandir(fd) as entries:
                     for entry in entries:
                         found = entry.stat(follow_symlinks=False)
@@ -62,10 +65,12 @@ def walk(
                         if stat.S_ISDIR(found.st_mode):
                             folders.append(start + name)
                         else:
-                            others.append((not is_whiteout(found), name, found))
+                            # Of a large folder only names are kept: what stat(2) says takes half a kilobyte of memory.
+                            kept = found if len(others) < _LARGE else None
+                            others.append((not is_whiteout(found), name, kept))
                 others.sort(key=lambda other: other[:2])
-                for _, name, found in others:
-                    yield start + name, fd, name, found
+                for _, name, kept in others:
+                    yield start + name, fd, name, kept or os.stat(name, dir_fd=fd, follow_symlinks=False)
                 pending.extend(sorted(folders, reverse=True))
             finally:
                 os.close(fd)
