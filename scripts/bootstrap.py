@@ -45,9 +45,12 @@ TOOLS = (
     Tool("tini", "the init inside a container", "tini-static"),
     Tool("ca-certificates", "trusted certificates for downloads"),
 )
+PODMAN = (
+    Tool("podman", "another reader of images, and what the figures are compared with", "podman"),
+    Tool("crun", "what it runs containers with", "crun"),
+)
 PEERS = (
-    Tool("podman", "what the figures are compared with", "podman"),
-    Tool("crun", "what the figures are compared with", "crun"),
+    *PODMAN,
     Tool("netavark", "network for podman as root"),
     Tool("slirp4netns", "network for podman without root", "slirp4netns"),
     Tool("fuse-overlayfs", "storage for podman without root", "fuse-overlayfs"),
@@ -59,6 +62,7 @@ TESTS = (
     Tool("libatomic1", "a library of the program that drives it"),
     Tool("skopeo", "another reader of image archives", "skopeo"),
     Tool("umoci", "another reader of image archives", "umoci"),
+    *PODMAN,
 )
 #: goal: (extras of the package, Debian packages)
 GOALS = {
