@@ -13,6 +13,7 @@ import os
 import select
 import shutil
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from tests.conftest import BASE
 from tests.faults import FAULTS, KILL, Commands, Done, commands, every
 from tests.history.test_snapshot import Live, listed
 from workbench.images import config, files
-from workbench.model import Image, Kernel
+from workbench.linux.cgroup import Cgroup
+from workbench.model import HostLacks, Image, Kernel
 from workbench.workbench import Workbench
 
 ROOT = os.geteuid() == 0
@@ -53,7 +55,8 @@ def points(run: Callable[[int, str], Done], wanted: int) -> Iterator[tuple[int, 
     for fault in FAULTS:
         whole = run(0, fault)
         assert whole.code == 0, whole.err
-        tried = every(len(whole.calls), wanted)
+        guard = {at for at, call in enumerate(whole.calls, 1) if " /sys/" in call}  # who freezes and wakes
+        tried = sorted({*every(len(whole.calls), wanted), *guard})
         for number in tried:
             done = run(number, fault)
             if not done.at:  # one call fewer than before
@@ -150,6 +153,33 @@ def test_snapshot(command: Commands, workbench: Workbench, talker: Talker) -> No
     talker.tell(n="ping")
     seen = listed(workbench, workbench.image("faulty"))
     assert seen[b"/opt/talk/deep/last".hex()][4] == len(json.dumps({"n": current})) + 1
+
+
+def test_one_that_forks_without_end_stands_still(workbench: Workbench, image: str) -> None:
+    """The freezer of cgroup v1 lets one time in fifteen wait for good when it is asked once."""
+    live = Live(workbench, image, argv=["/bin/sh", "-c", "while :; do /bin/true; done"])
+    try:
+        group = Cgroup.of(live.container.id)
+        if group is None or (group.kind == "v1" and "freezer" not in group.folders):
+            pytest.skip("there is no freezer for this user")
+        for _ in range(80):
+            group.freeze(timeout=2)
+            group.thaw()
+            time.sleep(0.002)
+    finally:
+        live.close()
+
+
+def test_one_that_nobody_wakes_can_be_stopped(workbench: Workbench, talker: Talker) -> None:
+    """Its guard was killed, and who started that as well."""
+    group = Cgroup.of(talker.container.id)
+    try:
+        assert group is not None
+        group.freeze()
+    except (HostLacks, PermissionError, AssertionError):
+        pytest.skip("there is no freezer for this user")
+    workbench.stop(talker.container.id, timeout=0.2)
+    talker.container.exited.result(timeout=10)
 
 
 # --- import --------------------------------------------------------------------------------------------------

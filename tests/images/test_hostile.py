@@ -29,7 +29,7 @@ from workbench.linux import userns
 #: Bytes of the largest process; an interpreter that has imported the command line takes 25 MB of it.
 MOST = 256 << 20
 #: A million takes a minute.
-MANY = 1_000_000 if os.environ.get("WORKBENCH_TEST_POINTS") == "all" else 12_000
+MANY = 1_000_000 if os.environ.get("WORKBENCH_TEST_POINTS") == "all" else 6_000
 NAME = "org.opencontainers.image.ref.name"
 DEEP = "[" * 200_000
 
@@ -446,7 +446,7 @@ ARCHIVES: dict[str, tuple[Callable[[Path], Path], bool | None]] = {
             _linked("workbench/passwd.ipynb", "/etc/passwd"),
         ), None,
     ),
-    "files of 600 MB that come along": (_along(10, 60 << 20), None),
+    "files of 300 MB that come along": (_along(5, 60 << 20), None),
     "a file of 70 MB that comes along": (_along(1, 70 << 20), None),
 }  # fmt: skip
 

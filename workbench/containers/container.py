@@ -22,7 +22,7 @@ from workbench.containers.client import Answer, HelperClient
 from workbench.containers.spec import ContainerSpec
 from workbench.linux import userns
 from workbench.linux.cgroup import Cgroup, Usage
-from workbench.model import Conflict, Exit, InvalidInput, NotFound
+from workbench.model import Conflict, Exit, HostLacks, InvalidInput, NotFound
 
 T = TypeVar("T")
 
@@ -158,6 +158,13 @@ class Container:
     def kill(self) -> None:
         """End everything in it at once: the kernel kills the pid namespace with its init."""
         self.signal(signal.SIGKILL)
+        self._let_die()
+
+    def _let_die(self) -> None:
+        """By cgroup v1 what is frozen does not die, and a guard may have been killed together with who started it."""
+        with suppress(OSError, HostLacks):
+            if group := Cgroup.of(self.id):
+                group.thaw()
 
     def settle(self) -> bool:
         """After its end: True when it stays, stopped, with its changes; False when it is gone."""
@@ -188,6 +195,7 @@ class Container:
             if not self._ended_within(timeout):
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                self._let_die()
                 if not self._ended_within(10.0):
                     raise Conflict(f"stop container {self.id}", "its helper process does not answer", "try again")
         finally:

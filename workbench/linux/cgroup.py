@@ -22,6 +22,7 @@ from workbench.model import HostLacks, Limits
 #: The controllers that limits need; a v1 group also has freezer and cpuacct where they are mounted.
 CONTROLLERS = ("memory", "pids", "cpu")
 _PARENT = "workbench"
+_ASK_AGAIN = 4  # looks at a freezer of v1 that has not frozen all
 _PERIOD = 100_000  # microseconds over which processor time is dealt out
 #: What says "not here": no rights, read-only, no such controller, busy with processes of its own.
 _UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EBUSY, errno.ENODEV, errno.EOPNOTSUPP)
@@ -231,11 +232,17 @@ class Cgroup:
         """
         self._freezer("1", "FROZEN")
         deadline = time.monotonic() + timeout
+        tries = 0
         while not self._frozen():
             if time.monotonic() > deadline:
                 self.thaw()
                 raise TimeoutError(errno.ETIMEDOUT, "some process of the container does not stop")
             time.sleep(0.0005)
+            tries += 1
+            if self.kind == "v1" and tries % _ASK_AGAIN == 0:
+                # What was forked meanwhile may hold it up for good, unless it is let go and asked again.
+                self.thaw()
+                self._freezer("1", "FROZEN")
 
     def thaw(self) -> None:
         """Let them go on."""
