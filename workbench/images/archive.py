@@ -7,18 +7,19 @@ what it unpacks to is laid out by ``Store.add_tar``.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
 from workbench.images import config
 from workbench.images.files import clear_errors
-from workbench.images.source import MEMBERS, TRIED, Checked, Source, opened, unpack
+from workbench.images.source import MEMBERS, TRIED, Checked, Source, opened, packed, unpack
 from workbench.images.store import Store
 from workbench.model import Corrupt, Image, InvalidInput, NotFound
 
@@ -65,8 +66,14 @@ class _Docker(msgspec.Struct, rename="pascal"):
     repo_tags: list[str] | None = None
 
 
-#: A layer's name in the archive, and the digest and size of that blob where they are known.
-_Blob = tuple[str, str, int | None]
+class _Layer(NamedTuple):
+    """A layer's name in the archive, and the digest and size of that blob where they are known."""
+
+    name: str
+    digest: str = ""
+    size: int | None = None
+
+
 _T = TypeVar("_T")
 
 
@@ -96,9 +103,7 @@ def take(store: Store, source: Source, ref: str = "") -> Image:
     with clear_errors(TRIED, str(store.home)), store.lease(*wanted), store.staging() as staging:
         for diff_id, blob in zip(wanted, layers, strict=True):
             if not store.has_layer(diff_id):
-                tar = staging / "layer.tar"
-                _layer(source, blob, tar)
-                store.add_tar(tar, diff_id)
+                _layer(store, source, blob, diff_id, staging / "layer.tar")
         image = store.add_image(data)
         _take_ancestors(source, store, image)
         return image
@@ -159,7 +164,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(name[:100] for name in names[:_SHOWN]) + more
 
 
-def _of_layout(source: Source, ref: str) -> tuple[bytes, list[_Blob]]:
+def _of_layout(source: Source, ref: str) -> tuple[bytes, list[_Layer]]:
     entries = _index(source)
     named = [entry.name for entry in entries if entry.name]
     found = [entry for entry in entries if not ref or entry.name == ref]
@@ -174,17 +179,17 @@ def _of_layout(source: Source, ref: str) -> tuple[bytes, list[_Blob]]:
         entry = _for_this_machine(manifest.manifests or [])
     if manifest.config is None or manifest.layers is None:
         raise Corrupt(TRIED, "its manifest is malformed (it names no config or no layers)", "get it again")
-    layers = [(_path(layer.digest), layer.digest, layer.size) for layer in manifest.layers]
+    layers = [_Layer(_path(layer.digest), layer.digest, layer.size) for layer in manifest.layers]
     return _blob(source, manifest.config), layers
 
 
-def _of_docker(source: Source, ref: str) -> tuple[bytes, list[_Blob]]:
+def _of_docker(source: Source, ref: str) -> tuple[bytes, list[_Layer]]:
     entries = _dockers(source)
     found = [entry for entry in entries if not ref or ref in (entry.repo_tags or ())]
     if len(found) != 1:
         names = [name for entry in entries for name in entry.repo_tags or ()]
         raise InvalidInput(TRIED, f"{len(found)} images of it fit", f"name one of {_some(names)}")
-    return source.read(found[0].config, config.MAX_SIZE), [(name, "", None) for name in found[0].layers]
+    return source.read(found[0].config, config.MAX_SIZE), [_Layer(name) for name in found[0].layers]
 
 
 def _for_this_machine(entries: list[_Descriptor]) -> _Descriptor:
@@ -195,16 +200,42 @@ def _for_this_machine(entries: list[_Descriptor]) -> _Descriptor:
     raise NotFound(TRIED, f"it holds no image for linux/{wanted}", "get one for this machine")
 
 
-def _layer(source: Source, blob: _Blob, target: Path) -> None:
-    """A layer's blob as a plain tar; the blob is held against its digest and size, where they are known."""
-    name, digest, size = blob
+def _layer(store: Store, source: Source, blob: _Layer, diff_id: str, unpacked: Path) -> None:
+    """Take a layer from its blob, which is held against its digest and size, where they are known.
+
+    unpacked: a new file for the plain tar of one that is compressed; another is read where it lies.
+    """
+    name, digest = blob.name, blob.digest
     with source.open(name) as file:
-        checked = Checked(file)
-        unpack(checked, target)
-    if digest and checked.digest != digest:
-        raise Corrupt(TRIED, f"blob {digest[:19]} is {checked.digest[:19]}", "get the archive again")
-    if size not in (None, checked.size):
-        raise Corrupt(TRIED, f"blob {digest[:19]} has {checked.size} bytes, not {size}", "get the archive again")
+        plain = not packed(file.read(4))
+    if not plain or digest not in ("", diff_id):
+        with source.open(name) as file:
+            checked = Checked(file)
+            unpack(checked, unpacked)
+        _hold(checked, blob)
+        store.add_tar(unpacked, diff_id)
+        return
+    fd, length = source.place(name)
+    try:
+        if blob.size not in (None, length):
+            raise Corrupt(TRIED, f"blob {digest[:19]} has {length} bytes, not {blob.size}", "get the archive again")
+        store.add_tar(fd, diff_id, length)
+    except (InvalidInput, Corrupt):
+        with source.open(name) as file:  # damage is told from what was made so
+            checked = Checked(file)
+            checked.rest()
+        _hold(checked, blob)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _hold(checked: Checked, blob: _Layer) -> None:
+    shown, again = f"blob {blob.digest[:19]}", "get the archive again"
+    if blob.digest and checked.digest != blob.digest:
+        raise Corrupt(TRIED, f"{shown} is {checked.digest[:19]}", again) from None
+    if blob.size not in (None, checked.size):
+        raise Corrupt(TRIED, f"{shown} has {checked.size} bytes, not {blob.size}", again) from None
 
 
 def _json(data: bytes, kind: type[_T]) -> _T:

@@ -78,18 +78,18 @@ def digest(path: str) -> str:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def copy_checked(source: str, target: str, expected: str) -> bool:
-    """Copy a file durably if its digest is as expected; else nothing is left, and False."""
-    with open(source, "rb") as file, open(target, "wb") as copy:
+def copy_checked(source: str, target: int, expected: str) -> bool:
+    """Append a file to a descriptor's if its digest is as expected; else nothing is left of it, and False."""
+    start = os.lseek(target, 0, os.SEEK_CUR)
+    with open(source, "rb") as file, open(target, "wb", closefd=False) as copy:
         whole = hashlib.sha256()
         while data := file.read(1 << 20):
             whole.update(data)
             copy.write(data)
-        copy.flush()
-        os.fsync(copy.fileno())
     if f"sha256:{whole.hexdigest()}" == expected:
         return True
-    os.unlink(target)
+    os.lseek(target, start, os.SEEK_SET)
+    os.ftruncate(target, start)
     return False
 
 

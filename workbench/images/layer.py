@@ -270,8 +270,8 @@ def _refused(error: OSError, shown: str) -> Exception:
     return error
 
 
-def pack(tree: str, out_path: str | None = None, clamp: int | None = None) -> dict[str, Any]:
-    """The deterministic OCI tar of a tree: hashed, and written durably to ``out_path`` if that is given.
+def pack(tree: str, out: str | int | None = None, clamp: int | None = None) -> dict[str, Any]:
+    """The deterministic OCI tar of a tree: hashed, and written durably to a path, or to a descriptor, if that is given.
 
     clamp: newest modification time in seconds since 1970; with it times are whole seconds, without it to
     the nanosecond. Returns ``diff_id`` and ``size`` in bytes. Raises InvalidInput for what no layer may
@@ -280,8 +280,8 @@ def pack(tree: str, out_path: str | None = None, clamp: int | None = None) -> di
     """
     owners = read_owners(tree)
     links: dict[tuple[int, int], bytes] = {}
-    with clear_errors("write a layer's archive", out_path or tree):
-        sink = Sink(out_path)
+    with clear_errors("write a layer's archive", out if isinstance(out, str) else tree):
+        sink = Sink(out)
         try:
             for path, at, name, found in walk(tree):
                 for entry, fd in entries(path, at, name, found, links, owners):
@@ -425,16 +425,16 @@ def _take_down(source: str | int, record: str, limit: int | None) -> None:
         os.close(fd)
 
 
-def remake(tree: str, record: str | None, out_path: str | None = None) -> dict[str, Any]:
+def remake(tree: str, record: str | None, out: str | int | None = None) -> dict[str, Any]:
     """The very tar that a tree was laid out from, with the record of its form where there is one.
 
-    Hashed, and written to ``out_path`` if that is given; result and errors as ``pack``'s.
+    Hashed, and written to a path or a descriptor if that is given; result and errors as ``pack``'s.
     """
     if record is None:
-        return pack(tree, out_path)
+        return pack(tree, out)
     root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    with clear_errors("write a layer's archive", out_path or tree):
-        sink = Sink(out_path)
+    with clear_errors("write a layer's archive", out if isinstance(out, str) else tree):
+        sink = Sink(out)
         try:
             for data, size in tar.read_record(record):
                 if size < 0:

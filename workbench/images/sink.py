@@ -15,12 +15,15 @@ from workbench.model import Conflict
 class Sink:
     """Where an archive's bytes go: through the hash, and into a file where one is wanted.
 
-    A thread hashes and writes one piece while the next is gathered; both calls leave the interpreter's lock.
+    A thread hashes and writes one piece while the next is gathered; both calls leave the interpreter's lock. Where a
+    descriptor is given, bytes are added where it stands, and what becomes of them is for its owner to see to.
     """
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, out: str | int | None) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._path, self._fd, self._done = path, os.open(path, flags, 0o600) if path else -1, False
+        self._path = out if isinstance(out, str) else None
+        self._fd = os.open(out, flags, 0o600) if isinstance(out, str) else -1 if out is None else os.dup(out)
+        self._done = False
         self._hash = hashlib.sha256()
         self._buffer = bytearray()
         self._thread = ThreadPoolExecutor(1, "tar")
@@ -73,7 +76,7 @@ class Sink:
         """All is there: ``diff_id`` and ``size``, durable when this returns unless that is not asked for."""
         self._flush()
         self._wait()
-        if self._fd >= 0 and durable:
+        if self._path is not None and durable:
             os.fsync(self._fd)
         self._done = True
         return {"diff_id": "sha256:" + self._hash.hexdigest(), "size": self.size}
@@ -83,6 +86,7 @@ class Sink:
         self._thread.shutdown()
         if self._path is not None:
             unwanted = not self._done and stat.S_ISREG(os.fstat(self._fd).st_mode)
-            os.close(self._fd)
             if unwanted:
                 os.unlink(self._path)
+        if self._fd >= 0:
+            os.close(self._fd)

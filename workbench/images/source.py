@@ -47,7 +47,7 @@ def opened(path: Path | str, staging: Callable[[], AbstractContextManager[Path]]
     with ExitStack() as stack:
         stack.enter_context(file)
         folder = stack.enter_context(staging())
-        if _packed(file.read(4)):
+        if packed(file.read(4)):
             plain = folder / "archive.tar"
             file.seek(0)
             unpack(Checked(file), plain)
@@ -82,6 +82,13 @@ class Source:
 
     def open(self, name: str) -> IO[bytes]:
         """A file of it. Raises Corrupt when there is none, InvalidInput for a name that leads out."""
+        raise NotImplementedError
+
+    def place(self, name: str) -> tuple[int, int]:
+        """A descriptor that stands at the first byte of a file of it, the caller's to close, and its size.
+
+        Raises as ``open`` does.
+        """
         raise NotImplementedError
 
     def names(self, folder: str) -> list[str]:
@@ -127,6 +134,11 @@ class _Folder(Source):
             os.close(fd)
             raise Corrupt(TRIED, f"{name} is no file", "do not trust it")
         return open(fd, "rb")
+
+    def place(self, name: str) -> tuple[int, int]:
+        with self.open(name) as file:
+            fd = os.dup(file.fileno())
+        return fd, os.fstat(fd).st_size
 
     def names(self, folder: str) -> list[str]:
         try:
@@ -191,12 +203,23 @@ class _Tar(Source):
         return sorted(name for name in found if name and "/" not in name)
 
     def open(self, name: str) -> IO[bytes]:
+        member = self._member(name)
+        return cast(IO[bytes], io.BufferedReader(_Part(self._file, member.start, member.size)))
+
+    def place(self, name: str) -> tuple[int, int]:
+        member = self._member(name)
+        # By the descriptor that is being read: its name may mean another file by now.
+        fd = os.open(f"/proc/self/fd/{self._file.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+        os.lseek(fd, member.start, os.SEEK_SET)
+        return fd, member.size
+
+    def _member(self, name: str) -> _Member:
         member = self._members.get(os.path.normpath(_inside(name)))
         if member is not None and member.link:  # Docker writes a layer that it has twice as a link
             member = self._members.get(member.link)
         if member is None or not member.plain:
             raise Corrupt(TRIED, f"it lacks {name}", "get the archive again")
-        return cast(IO[bytes], io.BufferedReader(_Part(self._file, member.start, member.size)))
+        return member
 
 
 class _Part(io.RawIOBase):
@@ -259,7 +282,7 @@ class Checked:
 
 def _plain(file: Checked) -> Iterator[bytes]:
     """Decompressed by what the bytes themselves say (RFC 1952, RFC 8878): media types are often wrong."""
-    kind = _packed(file.peek(4))
+    kind = packed(file.peek(4))
     reader: Any = file
     if kind == "gzip":
         reader = gzip.GzipFile(fileobj=cast(IO[bytes], file), mode="rb")
@@ -281,5 +304,6 @@ def zstd_module() -> Any:
     return zstd
 
 
-def _packed(head: bytes) -> str:
+def packed(head: bytes) -> str:
+    """How a file is compressed, by its first four bytes; empty for one that is not."""
     return "gzip" if head[:2] == b"\x1f\x8b" else "zstd" if head == b"\x28\xb5\x2f\xfd" else ""

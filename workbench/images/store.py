@@ -161,15 +161,17 @@ class Store:
             self._keep(path, found, None)
         return str(found["diff_id"])
 
-    def add_tar(self, path: Path | str, expected: str | None = None) -> str:
+    def add_tar(self, source: Path | str | int, expected: str | None = None, size: int | None = None) -> str:
         """Lay out an uncompressed OCI tar as a layer; its diff_id.
 
+        source: a path, or a descriptor of which it is the next ``size`` bytes.
         Raises Corrupt when that is not ``expected``, InvalidInput for a hostile or broken archive,
         HostLacks without space. In none of these cases anything stays.
         """
         with files.clear_errors("add a layer", str(self.home)), self.staging() as staging:
             tree, record = str(staging / "tree"), str(staging / "record")
-            found = userns.call("workbench.images.layer:lay_out", os.path.abspath(path), tree, record)
+            given, fds = (source, (source,)) if isinstance(source, int) else (os.path.abspath(source), ())
+            found = userns.call("workbench.images.layer:lay_out", given, tree, record, size, fds=fds)
             if expected is not None and found["diff_id"] != expected:
                 raise Corrupt("add a layer", f"the archive is {found['diff_id'][:19]}, not {expected[:19]}", _AGAIN)
             self._keep(tree, found, record if os.path.exists(record) else None)
@@ -177,14 +179,23 @@ class Store:
 
     def write_tar(self, diff_id: str, out_path: Path | str) -> None:
         """Remake a layer's tar, byte for byte, durably. Raises NotFound, Corrupt for a changed tree."""
-        out = os.path.abspath(out_path)
-        if (kept := self.tar(diff_id)) and files.copy_checked(kept, out, diff_id):
+        path = os.path.abspath(out_path)
+        with files.clear_errors("write a layer's archive", path), open(path, "wb") as file:
+            try:
+                self.append_tar(diff_id, file.fileno())
+                os.fsync(file.fileno())
+            except BaseException:
+                if os.path.isfile(path):
+                    os.unlink(path)
+                raise
+
+    def append_tar(self, diff_id: str, fd: int) -> None:
+        """``write_tar`` to where a descriptor of a file stands, which the caller makes durable."""
+        if (kept := self.tar(diff_id)) and files.copy_checked(kept, fd, diff_id):
             return
         tree = str(self.layer(diff_id))
-        found = userns.call("workbench.images.layer:remake", tree, self.record(diff_id), out)
+        found = userns.call("workbench.images.layer:remake", tree, self.record(diff_id), fd, fds=(fd,))
         if found["diff_id"] != diff_id:
-            if os.path.isfile(out):
-                os.unlink(out)
             raise Corrupt("remake a layer's archive", f"{tree} has changed", "run `jupyter workbench check --repair`")
 
     def record(self, diff_id: str) -> str | None:
