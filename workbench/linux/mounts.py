@@ -21,7 +21,7 @@ from workbench.linux import syscalls as sc
 STAGING_CANDIDATES = ("/tmp", "/run", "/mnt", "/var")
 # With userxattr the kernel itself follows no redirects; to say so with redirect_dir=off is refused where the
 # module is set to follow by default.
-_OVERLAY_OPTIONS = "userxattr,metacopy=off,index=off"
+OVERLAY_OPTIONS = "userxattr,metacopy=off,index=off"
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
@@ -121,7 +121,7 @@ class Overlay:
         lower = ":".join([*names, "l/s"])
         sc.mount(
             "overlay", "r", "overlay", sc.MS_NODEV,
-            f"lowerdir={lower},upperdir=w/upper,workdir=w/work,{_OVERLAY_OPTIONS}",
+            f"lowerdir={lower},upperdir=w/upper,workdir=w/work,{OVERLAY_OPTIONS}",
         )  # fmt: skip
         root.fd = os.open("r", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
