@@ -237,7 +237,7 @@ class Launcher:
         try:
             for step in steps:
                 if isinstance(step, mounts.Overlay):
-                    paths = {path: path for path in (*step.layers, step.writable)}
+                    paths = {path: path for path in step.sources}
                 elif isinstance(step, mounts.Bind):
                     paths = {step.key: step.source}
                 elif isinstance(step, mounts.Copy):

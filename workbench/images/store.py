@@ -111,7 +111,9 @@ class Store:
 
         Raises as ``layer`` does.
         """
-        return [str(self.layer(diff_id)) for diff_id in reversed(diff_ids)]
+        found = [self._layer(diff_id) for diff_id in reversed(diff_ids)]
+        return [path if os.path.isdir(path) else str(self.layer(diff_id))
+                for path, diff_id in zip(found, reversed(diff_ids), strict=True)]  # fmt: skip
 
     def layer(self, diff_id: str) -> Path:
         """The tree of a layer, in overlayfs's form, never to be written; laid out now if there is only its tar.

@@ -101,11 +101,16 @@ class Overlay:
         """One line for people."""
         return f"overlay / of {len(self.layers)} layers, changes in {self.writable}/upper"
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The host folders to be opened: one mount shows all layers that lie in a folder, be they hundreds."""
+        return (self.writable, *dict.fromkeys(map(os.path.dirname, self.layers)))
+
     def execute(self, root: Root) -> None:
         """Mount it and make it the root of what follows."""
         # Relative names keep host paths out of mountinfo, and 500 layers inside mount(2)'s one page of options.
         os.chdir(root.staging)
-        for name in ("w", "r", "l", "l/s"):
+        for name in ("w", "r", "l", "l/s", "f"):
             os.mkdir(name, 0o755)
         _attach(root.sources[self.writable], "w")
         below = Root(root.staging, os.open("l/s", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
@@ -113,12 +118,14 @@ class Overlay:
             os.close(below.target(path, is_folder))
         os.close(below.fd)
         os.chmod("l/s/tmp", 0o1777)
-        names = []
+        folders = {path: f"f/{number}" for number, path in enumerate(self.sources[1:])}
+        for path, name in folders.items():
+            os.mkdir(name)
+            _attach(root.sources[path], name)
         for number, layer in enumerate(self.layers):
-            names.append(f"l/{number}")
-            os.mkdir(names[-1])
-            _attach(root.sources[layer], names[-1])
-        lower = ":".join([*names, "l/s"])
+            folder, _, name = layer.rpartition("/")
+            os.symlink(f"../{folders[folder]}/{name}", f"l/{number}")
+        lower = ":".join([*(f"l/{number}" for number in range(len(self.layers))), "l/s"])
         sc.mount(
             "overlay", "r", "overlay", sc.MS_NODEV,
             f"lowerdir={lower},upperdir=w/upper,workdir=w/work,{OVERLAY_OPTIONS}",
