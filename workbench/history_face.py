@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from workbench.model import Conflict
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from workbench.containers.container import Container, Containers
     from workbench.history.diff import Diff
     from workbench.history.graph import Row
@@ -149,6 +152,13 @@ class HistoryFace:
 
         return log.entries(self.store, self.refs, self._resolve(text))
 
+    def show(self, text: str) -> tuple[Entry, Diff | None]:
+        """An image, and what it changed, where its parent is here. Raises as ``history``."""
+        history = self.history(text)
+        entry = next(history)
+        parent = next(history, None) if entry.parent else None
+        return entry, self.diff(parent.id, entry.id) if parent else None
+
     def graph(self, text: str | None = None) -> Iterator[Row]:
         """Histories as a drawing, row by row: of one image, or of all that names lead to. Raises as ``history``."""
         from workbench.history import graph
@@ -179,8 +189,16 @@ class HistoryFace:
 
         return share.save(self.store, self.refs, self.image(text), text, out, form=form, along=along)
 
-    def load(self, path: str, name: str = "", *, force: bool = False) -> tuple[str, Image, dict[str, bytes]]:
+    def packed(self, text: str, *, form: str = "none") -> AbstractContextManager[Path]:
+        """An image's archive for who hands it on at once; see ``history.share.packed``."""
+        from workbench.history import share
+
+        return share.packed(self.store, self.refs, self.image(text), text, form=form)
+
+    def load(
+        self, path: str, name: str = "", *, force: bool = False, place: str | None = None
+    ) -> tuple[str, Image, dict[str, bytes]]:
         """Take an image from an archive; see ``history.share.load``."""
         from workbench.history import share
 
-        return share.load(self.store, self.refs, path, name, force=force)
+        return share.load(self.store, self.refs, path, name, force=force, place=place)

@@ -98,10 +98,7 @@ def _names(entry: Entry) -> str:
 
 def show_image(bench: Workbench, options: Any, _: Get) -> int:
     """``show IMAGE``: what it says of itself, and what it changed."""
-    history = bench.history(options.image)
-    entry = next(history)
-    parent = next(history, None) if entry.parent else None
-    found = bench.diff(parent.id, entry.id) if parent else None
+    entry, found = bench.show(options.image)
     if options.json:
         show.as_json(asdict(entry) | {"diff": asdict(found) if found else None})
         return 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from workbench.history import notebooks
@@ -26,26 +27,38 @@ def save(
     text: how the caller named it, which is its name in the file if it is one of its names; along: notebooks. Raises
     NotFound, InvalidInput, HostLacks without space.
     """
-    names = [name for name, image_id in refs.all().items() if image_id == image.id]
-    name = next((name for name in names if name in (text, f"{text}:latest")), names[0] if names else image.id[7:19])
     files = {os.path.basename(path): Path(path) for path in along}
     for file, path in files.items():
         if not _NOTEBOOK.fullmatch(file):
             raise InvalidInput(f"export {text}", f"{file!r} is no notebook", "only FILE.ipynb goes along with an image")
         if not path.is_file():
             raise NotFound(f"export {text}", f"there is no file {path}", "correct the name")
-    size = export.save(store, image, name, out, form=export.form(form), along=files)
+    size = export.save(store, image, _name(refs, image, text), out, form=export.form(form), along=files)
     notebooks.note_place(str(store.home), image.id, out)
     return size
 
 
+def _name(refs: Refs, image: Image, text: str) -> str:
+    names = [name for name, image_id in refs.all().items() if image_id == image.id]
+    return next((name for name in names if name in (text, f"{text}:latest")), names[0] if names else image.id[7:19])
+
+
+@contextmanager
+def packed(store: Store, refs: Refs, image: Image, text: str, *, form: str = "none") -> Iterator[Path]:
+    """The same as a file that is gone afterwards, for who hands it on at once. Raises as ``save``."""
+    with store.staging() as staging:
+        out = staging / "image.oci.tar"
+        export.save(store, image, _name(refs, image, text), out, form=export.form(form))
+        yield out
+
+
 def load(
-    store: Store, refs: Refs, path: str, name: str = "", *, force: bool = False
+    store: Store, refs: Refs, path: str, name: str = "", *, force: bool = False, place: str | None = None
 ) -> tuple[str, Image, dict[str, bytes]]:
     """Take an image from an archive: its name here, it, and the notebooks that came along, by name.
 
-    name: instead of the archive's own. Raises Conflict for a name that is another image's, unless ``force``;
-    InvalidInput, Corrupt, HostLacks.
+    name: instead of the archive's own; place: where it can be had again, by default ``path``, empty for nowhere. Raises
+    Conflict for a name that is another image's, unless ``force``; InvalidInput, Corrupt, HostLacks.
     """
     with opened(path, store.staging) as source, store.lease():
         found = archive.names(source)
@@ -56,5 +69,6 @@ def load(
         files = archive.along(source, export.ALONG, _NOTEBOOK)  # whatever else lies there is left there
         image = archive.take(store, source, found[0] if len(found) > 1 else "")
         refs.move(wanted, image.id, f"import: {os.path.basename(path)}", force=force)
-    notebooks.note_place(str(store.home), image.id, path)
+    if place != "":
+        notebooks.note_place(str(store.home), image.id, place or path)
     return wanted, image, files

@@ -57,7 +57,9 @@ def opened(path: Path | str, staging: Callable[[], AbstractContextManager[Path]]
             with tarfile.open(fileobj=file, mode="r:", tarinfo=_Plain) as archive:
                 source = _Tar(archive, file)
         except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
-            raise InvalidInput(TRIED, f"{path} is no tar archive ({error})", "give an OCI archive") from None
+            raise InvalidInput(
+                TRIED, f"{os.path.basename(path)} is no tar archive ({error})", "give an OCI archive"
+            ) from None
         yield source
 
 

@@ -18,7 +18,7 @@ from jupyter_server.auth.decorator import authorized
 from jupyter_server.utils import ensure_async
 from tornado import web
 
-from workbench.jupyter import events, kernelspecs, shared
+from workbench.jupyter import events, kernelspecs, shared, transfer
 from workbench.jupyter import history_handlers as history
 from workbench.jupyter.base import Handler, told
 from workbench.jupyter.builds import Builds, recipe_in
@@ -280,6 +280,11 @@ ROUTES: list[tuple[str, type[Handler]]] = [
     (r"/history/?", history.HistoryHandler),
     (r"/diff/?", history.DiffHandler),
     (r"/branches/?", history.BranchesHandler),
+    (r"/show/?", transfer.ShowHandler),
+    (r"/inventory/?", transfer.InventoryHandler),
+    (r"/freeze/?", transfer.FreezeHandler),
+    (r"/export/?", transfer.ExportHandler),
+    (r"/import/?", transfer.ImportHandler),
     (r"/builds/?", BuildsHandler),
     (r"/builds/(?P<text>[0-9a-f]+)", BuildHandler),
     (r"/kernels/?", KernelsHandler),
