@@ -14,6 +14,27 @@ NETWORKS: tuple[Network, ...] = ("none", "outbound", "host")
 LAN = "lan:"
 
 
+#: What Unicode counts as a format character and words need: joiners of letters, and of the parts of an emoji.
+_JOINERS = "\u200c\u200d"
+
+
+def printable(text: str) -> str:
+    """A text of somebody else's for one line of a terminal: what would act there, or turn the line around, is shown as
+    Python writes it (``\\x1b``), a byte that is no UTF-8 as ``\\xff``. The tab stays."""
+    return text if text.isprintable() else "".join(map(_printable, text))
+
+
+def _printable(char: str) -> str:
+    if char.isprintable() or char in _JOINERS or char == "\t":
+        return char
+    from unicodedata import category  # rarely needed
+
+    if category(char) == "Zs":  # blanks of other widths
+        return char
+    byte = ord(char) - 0xDC00  # os.fsdecode's, PEP 383
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else ascii(char)[1:-1]
+
+
 class WorkbenchError(Exception):
     """Something that a person can act on: what was tried, what stood in the way, what to do.
 
@@ -24,9 +45,8 @@ class WorkbenchError(Exception):
     def __init__(self, tried: str, obstacle: str, remedy: str = "", exit_code: int = 1) -> None:
         self.tried, self.obstacle, self.remedy, self.exit_code = tried, obstacle, remedy, exit_code
         line = f"{tried}: {obstacle}" + (f"; {remedy}" if remedy else "")
-        line = " ".join(line.split())
         # What an archive or an image says may stand in it.
-        super().__init__("".join(char if char.isprintable() else ascii(char)[1:-1] for char in line))
+        super().__init__(printable(" ".join(line.split())))
 
     def as_dict(self) -> dict[str, Any]:
         """The error as it crosses a process boundary; ``from_dict`` is its inverse."""

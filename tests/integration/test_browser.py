@@ -12,12 +12,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from workbench.jupyter import kernelspecs
 from workbench.workbench import Workbench
@@ -62,11 +62,14 @@ class App:
         print(self.log.read_text())
 
 
-def notebook(folder: Path, name: str) -> None:
-    cells = [{
-        "cell_type": "code", "execution_count": None, "id": "c1", "metadata": {}, "outputs": [],
-        "source": "import os\nprint('pid', os.getppid(), 'uid', os.getuid(), open('/proc/1/comm').read())",
-    }]  # fmt: skip
+PROBE = "import os\nprint('pid', os.getppid(), 'uid', os.getuid(), open('/proc/1/comm').read())"
+
+
+def notebook(folder: Path, name: str, *sources: str) -> None:
+    cells = [
+        {"cell_type": "code", "execution_count": None, "id": f"c{number}", "metadata": {}, "outputs": [],
+         "source": source} for number, source in enumerate(sources or (PROBE,))
+    ]  # fmt: skip
     metadata = {"kernelspec": {"name": "wb-python", "display_name": "Python", "language": "python"}}
     content = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
     (folder / name).write_text(json.dumps(content))
@@ -80,6 +83,20 @@ def no_news() -> Iterator[None]:
     (folder / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
     yield
     shutil.rmtree(folder.parent)
+
+
+@pytest.fixture
+def tidy_store(image: str) -> Iterator[None]:
+    """No snapshot and no container stays."""
+    bench = Workbench()
+    before = set(bench.refs.all())
+    yield
+    for container in list(bench.containers):
+        bench.remove(container.id, force=True)
+    for name in set(bench.refs.all()) - before:
+        bench.refs.delete(name)
+        kernelspecs.remove(name)
+    bench.gc()
 
 
 def test_jupyterlab_shows_a_card_and_runs_a_notebook(image, tmp_path, page, no_news):
@@ -115,6 +132,107 @@ def test_jupyterlab_shows_a_card_and_runs_a_notebook(image, tmp_path, page, no_n
     finally:
         app.close()
         shutil.rmtree(root)
+
+
+def run_cell(page: Page, number: int) -> Locator:
+    """Run a cell; its output."""
+    cell = page.locator(".jp-CodeCell").nth(number)
+    cell.locator(".cm-content").click()
+    page.keyboard.press("Shift+Enter")
+    return cell.locator(".jp-OutputArea")
+
+
+def opened(page: Page, app: App, name: str) -> None:
+    """Open a notebook in JupyterLab, and wait for its kernel."""
+    page.goto(f"{app.url}/lab/tree/{name}?token=t&reset")
+    expect(page.locator(".jp-Toolbar-kernelName")).to_contain_text("pandas", timeout=60_000)
+    expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']")).to_be_visible(timeout=60_000)
+    page.wait_for_timeout(1000)  # JupyterLab shows it before it would run a cell
+
+
+def megabytes(dashboard: Locator) -> float:
+    """The memory that it shows."""
+    number, unit = dashboard.locator("tr", has_text="memory").locator("td").inner_text().split()[:2]
+    return float(number) * {"B": 1e-6, "KiB": 1e-3, "MiB": 1, "GiB": 1024}[unit]
+
+
+@pytest.mark.usefixtures("tidy_store")
+def test_the_dashboard_is_alive(image, tmp_path, page, no_news):
+    """It shows what goes on, takes a snapshot beside a cell that runs, and goes on after a checkout."""
+    root = tmp_path / "root"
+    root.mkdir()
+    notebook(
+        root, "live.ipynb", "%container status", "held = bytearray(b'x') * (300 << 20)",
+        "import time\nopen('/opt/new', 'w').write('x')\ntime.sleep(8)\nprint('slept')", "%container reset --hard",
+    )  # fmt: skip
+    app = App("lab", root)
+    try:
+        opened(page, app, "live.ipynb")
+        dashboard = run_cell(page, 0)
+        row = {name: dashboard.locator("tr", has=page.get_by_role("rowheader", name=name, exact=True))
+               for name in ("snapshot", "changed since", "processor")}  # fmt: skip
+        expect(row["snapshot"]).to_contain_text("none yet", timeout=30_000)
+        expect(row["processor"]).to_contain_text("%", timeout=30_000)
+        if limited := dashboard.locator("tr", has_text="memory").count():
+            before = megabytes(dashboard)
+            run_cell(page, 1)
+            wait_until(page, lambda: megabytes(dashboard) > before + 250)
+        # beside a cell that runs
+        slept = run_cell(page, 2)
+        page.wait_for_timeout(1500)
+        dashboard.get_by_placeholder("What changed?").fill("A <b>new</b> file")
+        dashboard.get_by_placeholder("name (optional)").fill("live/one")
+        dashboard.get_by_role("button", name="Snapshot").click()
+        expect(dashboard.locator(".wb-said")).to_contain_text("live/one", timeout=15_000)
+        expect(slept).not_to_contain_text("slept")
+        expect(row["snapshot"]).to_contain_text("live/one", timeout=15_000)
+        expect(slept).to_contain_text("slept", timeout=30_000)
+        if PICTURES:
+            for theme in ("Light", "Dark"):
+                use_theme(page, theme)
+                dashboard.screenshot(path=f"{PICTURES}/dashboard-{theme.lower()}.png")
+        # by the kernel's own wish
+        run_cell(page, 3)
+        alive_again(page, dashboard, limited)
+        # by the user's wish
+        page.get_by_role("menuitem", name="Kernel", exact=True).click()
+        page.get_by_role("menuitem", name=re.compile("^Restart Kernel…")).first.click()
+        page.locator(".jp-Dialog .jp-mod-accept").click()
+        last = dashboard.locator(".wb-dashboard > *").last
+        expect(last).to_have_class(re.compile("disconnected"), timeout=30_000)
+        assert "run this cell again" in last.evaluate("e => getComputedStyle(e, '::after').content")
+        expect(run_cell(page, 0).locator("tr", has_text="processor")).to_contain_text("%", timeout=30_000)
+    finally:
+        app.close()
+
+
+def alive_again(page: Page, dashboard: Locator, limited: int) -> None:
+    """The figures follow what another kernel does, and its button works."""
+    expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']")).to_be_visible(timeout=60_000)
+    page.wait_for_timeout(6000)
+    if limited:
+        before = megabytes(dashboard)
+        run_cell(page, 1)
+        wait_until(page, lambda: megabytes(dashboard) > before + 250)
+    dashboard.get_by_placeholder("What changed?").fill("Nothing")
+    dashboard.get_by_role("button", name="Snapshot").click()
+    expect(dashboard.locator(".wb-said")).to_contain_text("nothing has changed", timeout=15_000)
+
+
+def wait_until(page: Page, holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < until
+        page.wait_for_timeout(200)
+
+
+def use_theme(page: Page, theme: str) -> None:
+    page.get_by_role("menuitem", name="Settings", exact=True).click()
+    page.get_by_role("menuitem", name="Theme", exact=True).hover()
+    page.get_by_role("menuitemcheckbox", name=f"JupyterLab {theme}", exact=True).or_(
+        page.get_by_role("menuitem", name=f"JupyterLab {theme}", exact=True)
+    ).first.click()
+    page.wait_for_timeout(1500)
 
 
 def test_the_launcher_with_twenty_images(image, tmp_path, page, no_news):

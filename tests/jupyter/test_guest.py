@@ -42,7 +42,7 @@ def test_a_notebook_keeps_what_it_installed(server: Server) -> None:
     assert said.startswith("[guest/plots ") and "Add madeup" in said and "paused for" in said
     assert notebook.run("x").text == "'alive'"
     assert "nothing has changed" in notebook.run("%container snapshot -m again").stdout
-    status = notebook.run("%container status").stdout
+    status = notebook.run("%container status").text
     assert "guest/plots" in status and "0 files and folders" in status and "limit of processes" in status
     log = notebook.run("%container log --oneline").stdout.splitlines()
     assert (len(log) == 2 and log[0].endswith("(guest/plots:latest) Add madeup")) or "(guest/plots)" in log[0]
@@ -59,7 +59,7 @@ def test_a_notebook_keeps_what_it_installed(server: Server) -> None:
     assert len(notebook.run("%container log --oneline").stdout.splitlines()) == 3
     other = Session(server, "o.ipynb", "wb-guest-plots")
     assert other.run("import madeup; madeup.answer").text == "42"
-    assert "guest/plots" in other.run("%container status").stdout
+    assert "guest/plots" in other.run("%container status").text
     listed = other.run("import os; [name for name in os.listdir('/run/workbench/host')]").text
     assert "guest" in listed
 
@@ -102,7 +102,7 @@ def test_an_editor_that_starts_argv_itself(image: str, tmp_path: Path) -> None:
     with argv_kernel(tmp_path) as (_, client):
         run(client, "open('/opt/x', 'w').write('x')")
         assert "[guest-argv " in run(client, "%container snapshot -m x -t guest-argv").stdout
-        assert "guest-argv" in run(client, "%container status").stdout
+        assert "guest-argv" in run(client, "%container status").text
 
 
 def test_what_it_does_not_know_is_said(start: Start) -> None:
@@ -163,7 +163,7 @@ def test_hostile_requests(start: Start, workbench_names: set[str]) -> None:
     answers = json.loads(run(client, HOSTILE).stdout)
     for answer in answers:
         assert "value" not in answer and "Traceback" not in answer and "\n" not in answer.strip(), answer
-    assert "image" in run(client, "%container status").stdout
+    assert "image" in run(client, "%container status").text
     # its name can be taken away or lead elsewhere, to its own harm only
     run(client, "import os; os.unlink('/run/workbench/api'); os.symlink('/etc/passwd', '/run/workbench/api')")
     assert "ask the launcher" in run(client, "%container status").stderr
@@ -196,7 +196,7 @@ def test_what_runs_inside_is_python_3_8(tmp_path: Path) -> None:
     nodes = [node for tree in trees for node in ast.walk(tree)]
     found = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     found |= {str(node.module).split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-    assert found <= set(sys.stdlib_module_names) | {"pandas", "IPython", "tornado"}
+    assert found <= set(sys.stdlib_module_names) | {"pandas", "IPython", "tornado", "ipywidgets", "comm"}
     os.symlink(Path(guest.__file__).parent, tmp_path / "workbench_guest")
     code = f"import sys; sys.path.append({str(tmp_path)!r}); from workbench_guest import magics, words; "
     code += "print(words.parse('log -n 3 a'))"
@@ -206,4 +206,4 @@ def test_what_runs_inside_is_python_3_8(tmp_path: Path) -> None:
 
 def test_every_verb_is_told_of(image: str) -> None:
     verbs = {line.split()[1] for line in words.HELP.splitlines() if line.startswith("%container ")}
-    assert verbs == {*guest_api._KNOWN, "help"} - {"again", "hello"}  # which no user types
+    assert verbs == {*guest_api._KNOWN, "help"} - {"again", "hello", "dashboard"}  # which no user types

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from workbench.model import WorkbenchError
+from workbench.model import WorkbenchError, printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,7 +67,7 @@ def main(argv: Sequence[str], kernelspecs: Callable[[], Kernelspecs]) -> int:
         if debug:
             raise
         named = f" ({error.filename})" if error.filename else ""
-        print(f"jupyter workbench: {error.strerror or error}{named}", file=sys.stderr)
+        print(f"jupyter workbench: {printable(f'{error.strerror or error}{named}')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -89,9 +89,9 @@ def build(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     else:
         print(f"image  {name}  {image.id}  in {row['seconds']:.1f} s")
         if kernel and image.kernel is not None:
-            print(f'kernel {os.path.basename(kernel)}  "{image.kernel.display_name}"')
+            show.say(f'kernel {os.path.basename(kernel)}  "{image.kernel.display_name}"')
         for line in _verdict(built, options.check):
-            print(line)
+            show.say(line)
     return 1 if built.differences else 0
 
 
@@ -122,7 +122,7 @@ def lock(bench: Workbench, options: Any, kernelspecs: Get) -> int:
         show.as_json(row)
     else:
         for line in built.renewed:
-            print(f"renewed {line}")
+            show.say(f"renewed {line}")
         print(f"lock   {path}  {packages} packages")
         print(f"image  {built.name}  {image.id}  in {row['seconds']:.1f} s")
     return 0
@@ -183,7 +183,7 @@ def _each(options: Any, act: Callable[[str], dict[str, Any]], tell: Callable[[st
             continue
         results.append({"what": text, **done})
         if not options.json:
-            print(tell(text, done))
+            show.say(tell(text, done))
     if options.json:
         show.as_json(results)
     return int(failed)
@@ -278,7 +278,7 @@ def check(bench: Workbench, options: Any, _: Get) -> int:
     else:
         for problem in found:
             mended = "mended" if problem.repaired else problem.remedy
-            print(f"{problem.what}: {problem.obstacle}" + (f"; {mended}" if mended else ""))
+            show.say(f"{problem.what}: {problem.obstacle}" + (f"; {mended}" if mended else ""))
     return int(any(not problem.repaired for problem in found))
 
 

@@ -32,14 +32,14 @@ def snapshot(bench: Workbench, options: Any, kernelspecs: Get) -> int:
         show.as_json(row)
     elif options.dry_run:
         for path in taken.paths:
-            print(f"/{path}")
+            show.say(f"/{path}")
         for path in taken.skipped:
-            print(f"left out: /{path}")
+            show.say(f"left out: /{path}")
         print(f"{count(taken.changes, 'change')}, {format_size(taken.size)}")
     elif taken.image is None:
         show.error(f"nothing has changed since {taken.parent[7:19]}")
     else:
-        print(f"[{taken.ref} {taken.image.id[7:19]}] {options.message.strip().splitlines()[0]}")
+        show.say(f"[{taken.ref} {taken.image.id[7:19]}] {options.message.strip().splitlines()[0]}")
         print(f" {count(taken.changes, 'change')}, {format_size(taken.size)}; paused for {taken.paused * 1e3:.0f} ms")
     sys.stdout.flush()
     # After the word that it was taken; and again where the last one was cut off before that.
@@ -70,14 +70,15 @@ def log(bench: Workbench, options: Any, _: Get) -> int:
         entries += [entry] if entry else []
         lines.append(f"{lead} {entry.id[7:19]}{_names(entry)} {entry.summary}" if entry else lead)
     if options.graph and not options.json:
-        print("\n".join(lines))
+        show.say(*lines)
     elif options.json:
         show.as_json([asdict(entry) for entry in entries])
     elif options.oneline:
         for entry in entries:
-            print(f"{entry.id[7:19]}{_names(entry)} {entry.summary}")
+            show.say(f"{entry.id[7:19]}{_names(entry)} {entry.summary}")
     else:
-        print("\n\n".join("\n".join(_told(entry)) for entry in entries))
+        for number, entry in enumerate(entries):
+            show.say(*([""] if number else []), *_told(entry))
     return 0
 
 
@@ -88,7 +89,7 @@ def _told(entry: Entry) -> Iterable[str]:
     yield f"Date:   {entry.when} ({show.age(entry.when)})"
     yield f"Size:   {format_size(entry.size)}"
     yield ""
-    for line in entry.message.splitlines():
+    for line in entry.message.rstrip().replace("\r\n", "\n").split("\n"):
         yield f"    {line}".rstrip()
 
 
@@ -102,9 +103,9 @@ def show_image(bench: Workbench, options: Any, _: Get) -> int:
     if options.json:
         show.as_json(asdict(entry) | {"diff": asdict(found) if found else None})
         return 0
-    print("\n".join(_told(entry)))
+    show.say(*_told(entry))
     if entry.machine:
-        print("\n" + "\n".join(f"{key}: {value}" for key, value in entry.machine.items()))
+        show.say("", *(f"{key}: {value}" for key, value in entry.machine.items()))
     if found:
         print()
         _print(found, options)
@@ -134,7 +135,7 @@ def _print(found: Diff, options: Any) -> None:
     shown = found.files if options.name_status else found.files[:_SHOWN] if options.stat else ()
     for row in shown:
         size = f"  {format_size(row.before)} -> {format_size(row.after)}" if options.stat else ""
-        print(f"{row.kind}\t/{row.path}{size}")
+        show.say(f"{row.kind}\t/{row.path}{size}")
     if len(shown) < len(found.files) and not options.name_status:
         kinds = {kind: sum(row.kind == kind for row in found.files) for kind in "AMD"}
         grown = sum(row.after - row.before for row in found.files)
@@ -164,7 +165,7 @@ def load(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     """``import FILE [NAME]``: the image, its kernel, and beside it the files that came along, if none are there."""
     name, image, notebooks = bench.load(options.file, options.name or "", force=options.force)
     show_in_launcher(kernelspecs, name, image)
-    print(f"{name} {image.id}")
+    show.say(f"{name} {image.id}")
     for file, data in notebooks.items():
         try:
             _put_down(file, data)

@@ -41,7 +41,7 @@ def _print_packages(found: Inventory) -> None:
         print(show.table(rows))
         print()
     for one in found.environments:
-        print(f"{one.prefix}: {one.kind}, Python {one.python or '?'}, {count(one.packages, 'package')}")
+        show.say(f"{one.prefix}: {one.kind}, Python {one.python or '?'}, {count(one.packages, 'package')}")
     numbers = frame["kind"].value_counts()
     print(", ".join(count(int(number), _KINDS[str(kind)]) for kind, number in numbers.items()) or "no packages")
 
@@ -87,11 +87,11 @@ def _print_frozen(done: Frozen, seconds: float) -> None:
 
     named = f"{count(len(done.debian), 'Debian package')}, {count(len(done.python), 'Python package')}"
     files = f", {count(done.taken, 'file')}" if done.taken else ""
-    print(f"recipe {os.path.join(done.folder, 'recipe.toml')}  on {done.base}: {named}{files}")
+    show.say(f"recipe {os.path.join(done.folder, 'recipe.toml')}  on {done.base}: {named}{files}")
     if done.image is not None:
         print(f"image  {done.name}  {done.image.id}  in {seconds:.1f} s")
         (packages, all_packages), (same, all_files) = done.packages, done.files
         more = f", and {done.more} more" if done.more else ""
         print(f"equal  {packages} of {all_packages} packages, {same} of {all_files} files{more}")
     for line in summary(done.lost):
-        print(f"not    {line}")
+        show.say(f"not    {line}")

@@ -1,13 +1,20 @@
-"""Printing: JSON for programs, tables for people (pandas, imported only when there is one to print)."""
+"""Printing: JSON for programs, lines and tables for people (pandas, imported only when there is one to print).
+
+Messages, names and paths may be those of an image that a stranger made: whatever a person reads goes through ``say`` or
+``table``, where nothing of it can act on the terminal.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
+
+from workbench.model import printable
 
 #: A column is cut no narrower than this to fit a terminal.
 NARROWEST = 12
@@ -15,7 +22,14 @@ NARROWEST = 12
 
 def as_json(value: Any) -> None:
     """One JSON document on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    print(re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text))  # of a name that is no UTF-8
+
+
+def say(*lines: str) -> None:
+    """Lines on stdout; what in one would end it, or act on a terminal, is made visible."""
+    for line in lines:
+        print(printable(line))
 
 
 def age(moment: str | float, now: datetime | None = None) -> str:
@@ -50,7 +64,7 @@ def table(rows: Sequence[Mapping[str, str]], *, width: int | None = None) -> str
 
     if width is None and sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
-    frame = pandas.DataFrame(list(rows), dtype=str)
+    frame = pandas.DataFrame([{name: printable(text) for name, text in row.items()} for row in rows], dtype=str)
     frame.columns = [str(name).upper() for name in frame.columns]
     if width is not None and len(frame.columns):
         last = frame.columns[-1]
@@ -67,4 +81,4 @@ def table(rows: Sequence[Mapping[str, str]], *, width: int | None = None) -> str
 
 def error(text: str) -> None:
     """One line on stderr, as every message of the command line begins."""
-    print(f"jupyter workbench: {text}", file=sys.stderr, flush=True)
+    print(f"jupyter workbench: {printable(text)}", file=sys.stderr, flush=True)

@@ -39,7 +39,9 @@ def _unanswered() -> dict[str, Any]:
         find = getattr(kernel, "_get_shell_context_var", None)  # ipykernel 7
         idents = find(kernel._shell_parent_ident) if find else kernel._parent_ident["shell"]
         header = json.loads(json.dumps(parent["header"], default=str))
-        return {"header": header, "idents": [bytes(ident).hex() for ident in idents]}
+        return {
+            "header": header, "idents": [bytes(ident).hex() for ident in idents], "count": kernel.shell.execution_count,
+        }  # fmt: skip
     except (AttributeError, KeyError, TypeError, LookupError):  # a kernel of another make: its client has to look
         return {}
 
@@ -49,7 +51,7 @@ def _answer(kernel: Any, reply: dict[str, Any], notice: str) -> None:
     parent, idents = {"header": reply["header"]}, [bytes.fromhex(ident) for ident in reply["idents"]]
     thread = getattr(kernel, "shell_channel_thread", None)
     channel = thread.manager.get_subshell_to_shell_channel_socket(None) if thread else kernel.shell_stream
-    content = {"status": "ok", "execution_count": 0, "payload": [], "user_expressions": {}}
+    content = {"status": "ok", "execution_count": reply.get("count", 0), "payload": [], "user_expressions": {}}
     said = [("stream", {"name": "stdout", "text": notice + "\n"}), ("status", {"execution_state": "idle"})]
     if not notice:
         del said[0]
@@ -58,14 +60,39 @@ def _answer(kernel: Any, reply: dict[str, Any], notice: str) -> None:
         kernel.session.send(kernel.iopub_socket, kind, value, parent=parent, ident=kernel._topic(kind))
 
 
+def _answer_for_subshells(kernel: Any) -> None:
+    """The main subshell takes what widgets send to others, of whose end JupyterLab has not heard."""
+    manager = getattr(getattr(kernel, "shell_channel_thread", None), "manager", None)
+    if not hasattr(manager, "list_subshell"):
+        return
+    find = manager.get_shell_channel_to_subshell_socket
+
+    def found(subshell: str | None) -> Any:
+        return find(subshell if subshell in manager.list_subshell() else None)
+
+    manager.get_shell_channel_to_subshell_socket = found
+
+
+def _revive(model: str) -> None:
+    try:
+        from . import dashboard
+
+        dashboard.revive(model)
+    except Exception:  # other packages than before: a kernel without it is still a kernel
+        pass
+
+
 def greet(shell: Any) -> None:
     """Say what the launcher of this kernel has to tell, and answer for the kernel before."""
     try:
         hello = ask({"do": "hello"})
     except Refused:
         return
+    if hello["dashboard"]:
+        _revive(hello["dashboard"])
     kernel = getattr(shell, "kernel", None)
     if hello["reply"] and kernel is not None:
+        _answer_for_subshells(kernel)
         from tornado.ioloop import IOLoop
 
         # Clients look for their kernel some ten times a second; what is sent before they have found it is lost.

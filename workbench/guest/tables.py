@@ -1,10 +1,32 @@
-"""How answers are shown: as Git tells of them, with a table where pandas is there."""
+"""How answers are shown: as Git tells of them, with a table where pandas is there.
+
+What they hold may have come with an image that a stranger made: nothing of it acts on the terminal or the page.
+"""
 
 from __future__ import annotations
 
+import unicodedata
 from typing import Any
 
 from .api import Request
+
+
+def plain(text: str) -> str:
+    """For one line: control characters and what turns a line around become visible, as in the command line."""
+    return text if text.isprintable() else "".join(map(_plain, text))
+
+
+def _plain(char: str) -> str:
+    if char.isprintable() or char in "\t\u200c\u200d" or unicodedata.category(char) == "Zs":
+        return char
+    byte = ord(char) - 0xDC00  # of a file's name that is no UTF-8 (PEP 383)
+    return "\\x%02x" % byte if 0x80 <= byte <= 0xFF else ascii(char)[1:-1]
+
+
+def say(*lines: str) -> None:
+    """Print lines, each as one."""
+    for line in lines:
+        print(plain(line))
 
 
 def size(number: float) -> str:
@@ -19,6 +41,7 @@ def size(number: float) -> str:
 
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Any:
     """Rows as a DataFrame where pandas is there, else as aligned text."""
+    rows = [{key: plain(each) if isinstance(each, str) else each for key, each in row.items()} for row in rows]
     try:
         import pandas
     except ImportError:
@@ -29,12 +52,13 @@ def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Any:
     return pandas.DataFrame([{name: row.get(name, "") for name in columns} for row in rows], columns=list(columns))
 
 
-def show_status(value: Any, _request: Request) -> None:
+def status_lines(value: dict[str, Any]) -> list[str]:
     """What ``status`` answers, as lines."""
     lines = [
         ("image", "{} {}".format(value["image"], value["image_id"][7:19])),
         ("snapshot", "{} {}".format(value["ref"], value["head"][7:19]) if value["ref"] else "none yet"),
         ("changed since", "%d files and folders, %s" % (value["changes"], size(value["size"]))),
+        ("disk", "{} written in this container".format(size(value["disk"]))),
         ("network", value["network"]),
     ]
     usage = value.get("usage")
@@ -47,21 +71,31 @@ def show_status(value: Any, _request: Request) -> None:
     for name, limit in sorted(value["limits"].items()):
         if limit is not None:
             lines.append(("limit of " + name, size(limit) if name == "memory" else limit))
-    print("\n".join("%-20s %s" % line for line in lines))
+    return [plain("%-20s %s" % line) for line in lines]
+
+
+def show_status(value: Any, _request: Request) -> Any:
+    """Live where ipywidgets is there, else lines."""
+    try:
+        from . import dashboard
+    except ImportError:  # as with one older than 8
+        print("\n".join(status_lines(value)))
+        return None
+    return dashboard.show(value)
 
 
 def show_snapshot(value: Any, request: Request) -> None:
     """As Git tells of a commit."""
     if request.get("dry_run"):
         for path in value["paths"]:
-            print("/" + path)
+            say("/" + path)
         for path in value["skipped"]:
-            print("left out: /" + path)
+            say("left out: /" + path)
     if not value["image"]:
         said = "would be taken" if value["changes"] else "nothing has changed"
         print("%d changes, %s: %s" % (value["changes"], size(value["size"]), said))
         return
-    print("[{} {}] {}".format(value["ref"], value["image"][7:19], request.get("message", "").strip().split("\n")[0]))
+    say("[{} {}] {}".format(value["ref"], value["image"][7:19], request.get("message", "").strip().split("\n")[0]))
     print(" %d changes, %s; paused for %.0f ms" % (value["changes"], size(value["size"]), value["paused"] * 1e3))
 
 
@@ -69,7 +103,7 @@ def show_log(value: Any, request: Request) -> Any:
     """A table, or a line for each."""
     if request.get("oneline"):
         for entry in value:
-            print("{}{} {}".format(entry["id"][7:19], _names(entry), entry["message"].split("\n")[0]))
+            say("{}{} {}".format(entry["id"][7:19], _names(entry), entry["message"].split("\n")[0]))
         return None
     rows = [
         {"image": entry["id"][7:19], "names": ", ".join(entry["names"]), "message": entry["message"].split("\n")[0],
@@ -99,19 +133,20 @@ def show_diff(value: Any, request: Request) -> Any:
 
 def show_show(value: Any, request: Request) -> Any:
     """One image, and what it changed."""
-    print("image {}{}".format(value["id"][7:], _names(value)))
+    say("image {}{}".format(value["id"][7:], _names(value)))
     if value["author"]:
-        print("Author: " + value["author"])
-    print("Date:   {}\n\n    {}\n".format(value["when"], value["message"].replace("\n", "\n    ")))
+        say("Author: " + value["author"])
+    message = value["message"].rstrip().replace("\r\n", "\n").split("\n")
+    say("Date:   " + value["when"], "", *("    " + line for line in message), "")
     return show_diff(value["diff"], request) if value["diff"] else None
 
 
 def show_tag(value: Any, _request: Request) -> None:
     """The name and the ID."""
-    print(value)
+    say(value)
 
 
 def show_branch(value: Any, _request: Request) -> None:
     """As git-branch(1): a star before the one that snapshots move."""
     for row in value:
-        print("{} {} {}".format("*" if row["current"] else " ", row["name"], row["image"][7:19]))
+        say("{} {} {}".format("*" if row["current"] else " ", row["name"], row["image"][7:19]))

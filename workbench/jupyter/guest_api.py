@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -37,7 +38,8 @@ _BURST = 20.0  # requests that may come at once
 _PATHS = 1000
 
 _KNOWN: dict[str, dict[str, type]] = {
-    "status": {}, "snapshot": {"message": str, "tag": str, "author": str, "dry_run": bool},
+    "status": {"brief": bool}, "dashboard": {"model": str},
+    "snapshot": {"message": str, "tag": str, "author": str, "dry_run": bool},
     "log": {"image": str, "number": int}, "diff": {"one": str, "other": str, "files": bool},
     "show": {"image": str}, "tag": {"name": str, "image": str}, "branch": {"name": str, "image": str},
     "checkout": {"image": str, "create": str, "force": bool}, "reset": {"image": str, "hard": bool},
@@ -61,6 +63,8 @@ class GuestApi:
         #: What the next kernel is to say first, and the request that it answers for the one before.
         self.notice = ""
         self._reply: dict[str, Any] = {}
+        #: The widget that shows the status, which the next kernel makes anew.
+        self._dashboard = ""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._budget, self._then = _BURST, time.monotonic()
 
@@ -109,18 +113,29 @@ class GuestApi:
 
     # What can be asked
 
-    def do_status(self) -> dict[str, Any]:
-        """This container: its image, what changed since its last snapshot, what it uses."""
+    def do_status(self, brief: bool = False) -> dict[str, Any]:
+        """This container: its image, what it uses, and, unless ``brief``, what changed since its last snapshot."""
         head = self._head()
         known = self.container.state
-        taken = self.bench.snapshot(self.container.id, message="", look_only=True)
         usage = self.container.usage()
-        return {
+        found = {
             "id": self.container.id, "image": str(known["labels"].get("image", "")), "image_id": known["image"],
-            "head": head["image"], "ref": head["ref"], "changes": taken.changes, "size": taken.size,
-            "network": known["spec"]["network"], "limits": known["spec"]["limits"],
-            "usage": asdict(usage) if usage else None,
+            "head": head["image"], "ref": head["ref"], "network": known["spec"]["network"],
+            "limits": known["spec"]["limits"], "usage": asdict(usage) if usage else None,
         }  # fmt: skip
+        if brief:
+            return found
+        taken = self.bench.snapshot(self.container.id, message="", look_only=True)
+        before = sum(self.bench.store.layer_size(diff_id) for diff_id in head["layers"])
+        size = taken.size if taken.changes else 0
+        return found | {"changes": taken.changes, "size": size, "disk": before + size}
+
+    def do_dashboard(self, model: str) -> bool:
+        """Which widget shows the status."""
+        if not re.fullmatch(r"[0-9a-f]{32}", model):
+            raise InvalidInput("keep the ID of a widget", "it is none")
+        self._dashboard = model
+        return True
 
     def do_snapshot(self, message: str = "", tag: str = "", author: str = "", dry_run: bool = False) -> dict[str, Any]:
         """See ``history.snapshot.take``; a name that is another's is refused."""
@@ -221,7 +236,7 @@ class GuestApi:
         """What a kernel that has just started is to say."""
         notice, reply = self.notice, self._reply
         self.notice, self._reply = "", {}
-        return {"notice": notice, "reply": reply}
+        return {"notice": notice, "reply": reply, "dashboard": self._dashboard}
 
     # What is its own
 

@@ -295,8 +295,6 @@ class WorkbenchProvisioner(KernelProvisionerBase):
             # A server takes a kernel that ended while it was busy for busy still, and does not wait for its channels.
             if hasattr(km, "execution_state"):
                 km.execution_state = "starting"
-            if km._restarter is not None:  # which is how a server tells its clients
-                km._restarter._fire_callbacks("restart")
             await ensure_async(owner.restart_kernel(self.kernel_id, now=True))
         except Exception:
             self._between = None
