@@ -327,6 +327,54 @@ def test_manifests(victim: Victim, place: Path) -> None:
     print(f"{len(JSON)} manifests; at most {victim.peak >> 20} MiB")
 
 
+#: Clears the screen, ends or overwrites a line, rings, is a control sequence in one byte, turns the rest around.
+ACTS = "\x1b[2J\r\x07\x9b31m\u202e\u2028"
+
+
+def test_what_a_person_is_shown(victim: Victim, command: Commands, place: Path) -> None:
+    """Nothing of a stranger's image acts on a terminal, in whatever it stands; a message keeps its lines."""
+    name = f"x{ACTS}\n\udcff"
+    above = layer(
+        member(f"etc/{name}", data=b"x"),
+        member("opt/venv/lib/python3.11/site-packages/x-1.dist-info/METADATA",
+               data=f"Name: x{ACTS}\nVersion: 1{ACTS}\n".encode()),
+    )  # fmt: skip
+    parent = json.dumps({"os": "linux", "architecture": MACHINE, "created": ACTS,
+                         "rootfs": {"type": "layers", "diff_ids": [digest(GOOD)]}}).encode()  # fmt: skip
+    labels = {
+        "org.jupyter.workbench.parent": digest(parent),
+        "org.jupyter.workbench.kernel": json.dumps({"argv": ["x"], "display_name": f"k{ACTS}"}),
+        "org.jupyter.workbench.machine": json.dumps({f"m{ACTS}": f"m{ACTS}"}),
+    }
+    said = {"author": f"A{ACTS}\nDate: x", "comment": f"One{ACTS}\n\n\tTwo\u00a0\N{WOMAN}\u200d\N{PERSONAL COMPUTER}"}
+    made = Archive(GOOD, above, config={"Labels": labels}, history=[{}, said], created=ACTS)
+    made.add(parent)
+    path = made.write(place / "evil.tar")
+    env = {"WORKBENCH_HOME": str(victim.store.home), "JUPYTER_DATA_DIR": str(place / "j")}
+    for words in (
+        ["import", str(path)], ["images"], ["log", "evil"], ["log", "--oneline", "evil"], ["log", "--graph", "evil"],
+        ["log", "--graph", "--all"], ["show", "evil"], ["diff", "evil~1", "evil"], ["inventory", "evil"],
+        ["diff", "--name-status", "evil~1", "evil"], ["diff", "--stat", "evil~1", "evil"], ["branch"],
+        ["inventory", "--unowned", "evil"], ["freeze", "--no-build", "-o", str(place / "frozen"), "evil"],
+    ):  # fmt: skip
+        done = command.run(*words, **env)
+        assert done.code == 0, (words, done.err)
+        left = done.out.replace("\n", "").replace("\t", "").replace("\u00a0", "").replace("\u200d", "")
+        assert left.isprintable(), (words, done.out)
+    shown = command.run("log", "-n", "1", "evil", **env).out
+    acts = r"\x1b[2J\r\x07\x9b31m\u202e\u2028"
+    assert f"Author: A{acts}\\nDate: x\n" in shown
+    assert f"    One{acts}\n\n    \tTwo\u00a0\N{WOMAN}\u200d\N{PERSONAL COMPUTER}\n" in shown
+    status = command.run("diff", "--name-status", "evil~1", "evil", **env).out
+    assert f"A\t/etc/x{acts}\\n\\xff\n" in status
+    # to a program it is told as it is
+    (entry, _) = json.loads(command.run("log", "--json", "evil", **env).out)
+    assert (entry["author"], entry["message"]) == (said["author"], said["comment"])
+    found = json.loads(command.run("diff", "--json", "evil~1", "evil", **env).out)["files"]
+    assert f"etc/{name}" in [row["path"] for row in found]
+    assert command.run("rmi", "evil", **env).code == 0
+
+
 # --- archives ------------------------------------------------------------------------------------------------
 
 

@@ -90,7 +90,7 @@ def _told(entry: Entry) -> Iterable[str]:
     yield f"Size:   {format_size(entry.size)}"
     yield ""
     for line in entry.message.rstrip().replace("\r\n", "\n").split("\n"):
-        yield f"    {line}".rstrip()
+        yield f"    {line}".rstrip(" ")
 
 
 def _names(entry: Entry) -> str:
