@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_core.paths import jupyter_data_dir
 from nbclient import NotebookClient
 
 from tests.jupyter.clients import argv_kernel, run
@@ -147,6 +149,32 @@ def test_over_rest(server: Server) -> None:
     assert rows["out/side"]["containers"] == [row["id"]] and rows["out/more"]["image"] == taken["image"]
     assert "wb-out-more" in server.request("/api/kernelspecs")[1]["kernelspecs"]
     notebook.close()
+
+
+def test_what_was_done_is_told_also_without_a_card(server: Server) -> None:
+    """A kernelspec of somebody else's has the name: the snapshot was made nevertheless, and the name given."""
+    api = "/workbench/api"
+    foreign = [Path(jupyter_data_dir(), "kernels", f"wb-out-{name}") for name in ("mine", "named", "tagged")]
+    text = '{"argv": ["x"], "display_name": "mine", "language": "x"}'
+    for folder in foreign:
+        folder.mkdir(parents=True)
+        (folder / "kernel.json").write_text(text)
+    try:
+        notebook = Session(server)
+        notebook.run(WRITE.format("one"))
+        (row,) = server.request(f"{api}/containers")[1]["containers"]
+        body = {"message": "One", "tag": "out/mine"}
+        status, taken = server.request(f"{api}/containers/{row['id']}/snapshot", "POST", body)
+        assert (status, taken["image"]) == (201, Workbench().image("out/mine").id)
+        made = {"name": "out/named", "image": taken["image"]}
+        assert server.request(f"{api}/branches", "POST", made) == (201, made)
+        assert notebook.run("%container tag out/tagged").stdout.startswith("out/tagged ")
+        assert server.log.read_text().count("has no kernel in the launcher: write the kernelspec wb-out-") == 3
+        notebook.close()
+        assert {(folder / "kernel.json").read_text() for folder in foreign} == {text}
+    finally:
+        for folder in foreign:
+            shutil.rmtree(folder)
 
 
 def test_nothing_is_lost_unasked(start: Start, cli) -> None:

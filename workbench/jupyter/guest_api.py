@@ -144,8 +144,7 @@ class GuestApi:
         if tag:
             self._allow(tag)
         taken = self.bench.snapshot(self.container.id, message=message, author=author, name=tag, look_only=dry_run)
-        with suppress(Conflict):  # the image is there, only its card is not
-            kernelspecs.offer(taken.ref, taken.image)
+        kernelspecs.offer(taken.ref, taken.image)
         if taken.image is not None and not dry_run:
             self._tell(IMAGE, name=taken.ref, image=taken.image.id, action="snapshot")
         return asdict(taken) | {"image": taken.image.id if taken.image else None, "paths": taken.paths[:_PATHS]}

@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from traitlets.log import get_logger
+
 import workbench
 from workbench.model import KERNEL_PREFIX, Conflict, Image, InvalidInput
 
@@ -59,9 +61,14 @@ def write(image_name: str, image: Image, *, logo: Path | None = None, mounts: Se
 
 
 def offer(image_name: str, image: Image | None) -> None:
-    """``write``, where there is an image, and a kernel in it."""
-    if image is not None and image.kernel is not None:
+    """A card for a name that was just given, if there is an image with a kernel. That its folder is somebody else's
+    takes nothing back: the image has its name, and the log says what it has not."""
+    if image is None or image.kernel is None:
+        return
+    try:
         write(image_name, image)
+    except Conflict as conflict:
+        get_logger().warning("%s has no kernel in the launcher: %s", image_name, conflict)
 
 
 def remove(image_name: str) -> None:
