@@ -133,21 +133,21 @@ class Process:
     command: str
 
 
-def our_processes() -> dict[int, Process]:
-    """Those whose environment, command or mounts name this session's folder, and this one."""
-    mark = f"{BASE}/".encode()
+def our_processes(folder: Path = BASE) -> dict[int, Process]:
+    """Those whose environment, command or mounts name this session's folder, or another, and this one."""
+    mark = f"{folder}/".encode()
     own = os.readlink("/proc/self/ns/pid")
     found = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
-        folder = Path("/proc", name)
+        place = Path("/proc", name)
         try:
-            command = (folder / "cmdline").read_bytes()
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            namespace = os.readlink(folder / "ns" / "pid")
-            marked = mark in command or mark in (folder / "environ").read_bytes()
+            command = (place / "cmdline").read_bytes()
+            fields = (place / "stat").read_text().rpartition(")")[2].split()
+            namespace = os.readlink(place / "ns" / "pid")
+            marked = mark in command or mark in (place / "environ").read_bytes()
             inside = namespace != own
             if not marked and inside:
-                marked = mark in (folder / "mountinfo").read_bytes()
+                marked = mark in (place / "mountinfo").read_bytes()
         except OSError:  # gone meanwhile, or somebody else's
             continue
         if command and fields[0] != "Z" and (marked or int(name) == os.getpid()):

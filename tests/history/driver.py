@@ -13,9 +13,10 @@ LEFT_OUT = ("/proc", "/sys", "/dev", "/run", "/tmp", "/var/tmp", "/var/log", "/v
             "/root/.cache", "/root/.ipython")  # fmt: skip
 
 
-def listing(with_links=False):
+def listing(with_links=False, whole=False):
     """Every attribute that an environment has of each file, but the times of folders.
 
+    whole: read large files to their end, and tell one hash of it all.
     with_links: instead, the names of each file that has several. (A copied file with links is shown by overlayfs as
     several files until it is mounted anew.)
     """
@@ -36,14 +37,19 @@ def listing(with_links=False):
                 row.append(s.st_mtime_ns)
             if stat.S_ISREG(s.st_mode):
                 with open(path, "rb") as file:  # of a large one its beginning, its size and its time say enough
-                    row += [s.st_size, hashlib.sha256(file.read(1 << 17)).hexdigest()]
+                    data = file.read() if whole else file.read(1 << 17)
+                    row += [s.st_size, hashlib.sha256(data).hexdigest()]
                 links.setdefault((s.st_dev, s.st_ino), []).append(os.fsencode(path).hex())
             if stat.S_ISLNK(s.st_mode):
                 row.append(os.fsencode(os.readlink(path)).hex())
             attributes = sorted(name for name in os.listxattr(path, follow_symlinks=False) if name.startswith("user."))
             row.append([[name, os.getxattr(path, name, follow_symlinks=False).hex()] for name in attributes])
             found[os.fsencode(path).hex()] = row
-    return [members for members in links.values() if len(members) > 1] if with_links else found
+    names = [sorted(members) for members in links.values() if len(members) > 1]
+    if whole:
+        text = json.dumps([found, sorted(names)], sort_keys=True)
+        return {"hash": hashlib.sha256(text.encode()).hexdigest(), "files": len(found), "links": len(names)}
+    return names if with_links else found
 
 
 def mutate(seed, rounds):
@@ -154,5 +160,5 @@ for line in sys.stdin:
     if request["do"] == "mutate":
         answer = mutate(request["seed"], request["rounds"])
     else:
-        answer = listing(request["do"] == "links")
+        answer = listing(request["do"] == "links", request["do"] == "hash")
     print(json.dumps(answer), flush=True)

@@ -54,7 +54,11 @@ def start(image: str, tmp_path: Path) -> Iterator[Start]:
 class Server:
     """A jupyter_server process with the extension, on a port and with a token of its own."""
 
-    def __init__(self, folder: Path, *arguments: str, config: str = "", token: str = "secret-of-the-test") -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, config: str = "", token: str = "secret-of-the-test",
+        python: str = sys.executable, **process: Any,
+    ) -> None:  # fmt: skip
+        """python, process: another user's interpreter, and how ``subprocess`` is to start it."""
         self.token, self.folder = token, folder
         file = folder / "jupyter_server_config.py"
         others = ("jupyterlab", "notebook", "notebook_shim", "jupyter_lsp", "jupyter_server_terminals")
@@ -68,11 +72,11 @@ class Server:
         self.root = root
         self.process = subprocess.Popen(
             [
-                sys.executable, "-m", "jupyter_server", f"--config={file}", "--no-browser", "--port=0",
+                python, "-m", "jupyter_server", f"--config={file}", "--no-browser", "--port=0",
                 f"--ServerApp.root_dir={root}", f"--IdentityProvider.token={token}",
                 *(["--allow-root"] if os.getuid() == 0 else []), *arguments,
             ],
-            stdout=subprocess.DEVNULL, stderr=self.log.open("w"), cwd=root,
+            stdout=subprocess.DEVNULL, stderr=self.log.open("w"), cwd=root, **process,
         )  # fmt: skip
         until = time.monotonic() + 60
         while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/", self.log.read_text())):
