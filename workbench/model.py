@@ -92,7 +92,9 @@ class Corrupt(WorkbenchError):
 
 
 class BuildFailed(WorkbenchError):
-    """A step of a recipe ended badly."""
+    """A step of a recipe ended badly. missing: the packages, as the recipe names them, that are nowhere to be had."""
+
+    missing: tuple[str, ...] = ()
 
 
 class LaunchFailed(WorkbenchError):

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from workbench.build.news import Counts, Log, explain
+from workbench.build.news import Counts, Log, explain, missing
 
 
 def test_counts():
@@ -56,6 +56,24 @@ EXPLAINED = [
     (["first", "last"], "last"),
     ([], "it ended without a word"),
 ]  # fmt: skip
+
+
+MISSING = [
+    (
+        ["E: Version '9' for 'curl' was not found", "x", "E: Unable to locate package a",
+         "E: Version '1:2' for 'b' was not found"],
+        ("curl=9", "b=1:2", "a"),
+    ),
+    (EXPLAINED[6][0], ("six==99.1",)),
+    (["  ╰─▶ Because made-up was not found in the", "      package registry and you require x, we"], ("made-up",)),
+    (["  ╰─▶ Because only a<=3 is available and you require", "      a==4, we can conclude"], ("a==4",)),
+    (EXPLAINED[7][0], ()), ([], ()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("lines", "names"), MISSING, ids=[str(names) for _, names in MISSING])
+def test_what_nobody_has(lines, names):
+    assert missing(lines) == names
 
 
 @pytest.mark.parametrize(("lines", "said"), EXPLAINED, ids=[said for _, said in EXPLAINED])

@@ -205,21 +205,73 @@ def test_nothing_changed(workbench: Workbench, image: str, tmp_path: Path) -> No
     assert done.image is not None and done.image.diff_ids == workbench.image(image).diff_ids and done.lost == ()
 
 
-def test_what_cannot_be_built_leaves_nothing(shell: Live, workbench: Workbench, tmp_path: Path) -> None:
-    """A package that no archive has."""
-    tree = userns.call(
-        "tests.history.inside:text",
-        workbench.store.layer(workbench.image("lower").diff_ids[-1]).as_posix(),
-        "var/lib/dpkg/status",
+@pytest.fixture
+def status(workbench: Workbench, image: str) -> str:
+    """What dpkg knows in ``lower``."""
+    tree = workbench.store.layer(workbench.image("lower").diff_ids[-1]).as_posix()
+    return str(userns.call("tests.history.inside:text", tree, "var/lib/dpkg/status"))
+
+
+def test_what_no_archive_has_any_more_is_told_and_the_rest_is_made(
+    shell: Live, workbench: Workbench, status: str, tmp_path: Path
+) -> None:
+    """A version of long ago, and a package that never was; beside them a file."""
+    said = "".join(
+        f"\nPackage: {name}\nStatus: install ok installed\nVersion: {version}\nArchitecture: all\n"
+        for name, version in (("made-up", "1.0"), ("tree", "0.0.1-1"))
     )
-    stanza = "\nPackage: made-up\nStatus: install ok installed\nVersion: 1.0\nArchitecture: all\n"
-    userns.call("tests.history.inside:contents", shell.container.upper, {"var/lib/dpkg/status": tree + stanza})
+    files = {
+        "var/lib/dpkg/status": status + said, "var/lib/dpkg/info/made-up.list": "/opt\n/opt/tool\n",
+        "opt/tool": "mine\n", "opt/data": "mine\n",
+    }  # fmt: skip
+    userns.call("tests.history.inside:contents", shell.container.upper, files)
+    shell.snapshot("x", name="freeze/shell")
+    done = workbench.freeze("freeze/shell", str(tmp_path / "f"), with_files=True)
+    lost = {(one.kind, one.name): one.why for one in done.lost}
+    why = "no archive has it any more"
+    assert lost.items() >= {("deb", "made-up 1.0"): why, ("deb", "tree 0.0.1-1"): why}.items()
+    assert done.debian == () and done.image is not None and done.packages[0] == done.packages[1] - 2
+    assert done.taken == 2  # what came with it goes along as a file
+    text = (tmp_path / "f" / "recipe.toml").read_text()
+    assert f"#   2 Debian packages: made-up 1.0, tree 0.0.1-1 ({why})" in text
+    assert lock.load(tmp_path / "f") is not None
+    only = workbench.freeze("freeze/shell", str(tmp_path / "g"), build=False)
+    assert only.debian == ("made-up=1.0", "tree=0.0.1-1")
+
+
+def test_what_no_index_has_any_more_is_told_and_the_rest_is_made(cli, tmp_path: Path) -> None:
+    """Versions of long ago in /opt/venv, of a package that is there and of one that never was."""
+    assert cli("build", "recipes/python", "--refresh", timeout=280).code == 0
+    write = "set -e; cd /opt/venv/lib/python3*/site-packages; for each in made_up:7.1 colorama:0.0.99; do "
+    write += "mkdir ${each%:*}-${each#*:}.dist-info; cd ${each%:*}-${each#*:}.dist-info; "
+    write += 'printf "Name: ${each%:*}\\nVersion: ${each#*:}\\n" > METADATA; echo pip > INSTALLER; cd ..; done'
+    made = cli("run", "--no-folder", "python", "sh", "-c", write)
+    container = re.findall(r"container (\w+) stays", made.err)[0]
+    try:
+        assert cli("snapshot", container, "-m", "x", "-t", "freeze/gone").code == 0
+        done = cli("freeze", "freeze/gone", "-o", "f", "--json", cwd=tmp_path)
+        assert done.code == 0, done.err
+        found = json.loads(done.out)
+        assert {(one["kind"], one["name"]) for one in found["lost"]} == {
+            ("gone", "made-up 7.1"),
+            ("gone", "colorama 0.0.99"),
+        }
+        assert {one["why"] for one in found["lost"]} == {"no index has it any more"}
+        assert found["python"] == [] and found["packages"][0] == found["packages"][1] - 2
+    finally:
+        cli("rm", "-f", container)
+        for name in ("freeze/gone", "freeze/gone-frozen"):
+            cli("rmi", name)
+
+
+def test_what_cannot_be_built_leaves_nothing(shell: Live, workbench: Workbench, status: str, tmp_path: Path) -> None:
+    """A package was taken away that Debian will not do without."""
+    text = re.sub(r"(?m)^Package: base-files\n(?:.+\n)+", "", status)
+    userns.call("tests.history.inside:contents", shell.container.upper, {"var/lib/dpkg/status": text})
     shell.snapshot("x", name="freeze/shell")
     with pytest.raises(BuildFailed, match="--no-build"):
         workbench.freeze("freeze/shell", str(tmp_path / "f"))
     assert os.listdir(tmp_path) == []
-    done = workbench.freeze("freeze/shell", str(tmp_path / "f"), build=False)
-    assert done.debian == ("made-up=1.0",)
 
 
 def test_refused(workbench: Workbench, image: str, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from workbench.build import recipe as recipes
 from workbench.build.cache import Cache
 from workbench.build.fetch import Fetcher, Unavailable, Unreachable
 from workbench.build.lock import StepLock
-from workbench.build.news import Progress, explain
+from workbench.build.news import Progress, explain, missing
 from workbench.build.pins import beside
 from workbench.build.plan import Built, Options, compare
 from workbench.build.recipe import Recipe
@@ -402,9 +402,11 @@ class _Build(Workplace):
         where = f"its log is {kept}"
         if failed.tree is not None and self._keep_failed(failed.tree):
             where += f"; enter it with `jupyter workbench run --after-failure {self.recipe.name}`"
-        return BuildFailed(
+        told = BuildFailed(
             f"build {self.recipe.name}, step {step.name}", obstacle, f"{remedy}; {where}" if remedy else where
         )
+        told.missing = missing(failed.lines)
+        return told
 
     def _keep_failed(self, tree: Path) -> bool:
         """An image of what a failed step left, to look into; whether it could be kept."""

@@ -128,6 +128,24 @@ def explain(lines: list[str], suite: str) -> tuple[str, str]:
     return (errors[-1] if errors else "it ended without a word"), ""
 
 
+def missing(lines: list[str]) -> tuple[str, ...]:
+    """The packages, of those that a failed step asked for, that no archive and no index has: ``name``,
+    ``name=version`` (Debian's) or ``name==version`` (Python's)."""
+    flat = " ".join(re.sub(r"[│╰─▶×├╴]", " ", " ".join(lines)).split())
+    found = [f"{name}={version}" for version, name in re.findall(r"E: Version '([^']+)' for '([^']+)' was not", flat)]
+    for pattern in _MISSING:
+        found += re.findall(pattern, flat)
+    return tuple(dict.fromkeys(found))
+
+
+_MISSING = (
+    r"E: Unable to locate package (\S+)",
+    r"E: Package '([^']+)' has no installation candidate",
+    r"[Bb]ecause (\S+) was not found in the (?:package registry|provided package locations)",
+    r"[Bb]ecause there (?:is|are) no versions? of (\S+==\S+?),? and you require",
+    r"[Bb]ecause only \S+ is available and you require (\S+==\S+?),",
+)
+
 _NAMES = "correct the name in the recipe"
 _KNOWN = (
     (r"No space left on device", "no space is left on the disk", "free some and build again"),

@@ -61,8 +61,9 @@ class Tools(Protocol):
 class Lost:
     """Something of a snapshot that the recipe does not say.
 
-    kind: ``editable``, ``url``, ``vcs``, ``folder`` (Python packages by where they came from), ``environment`` (of
-    another place than the recipe's), ``deb``, ``r``, ``conda``, ``unowned``, ``changed``, ``removed``, ``users``.
+    kind: ``editable``, ``url``, ``vcs``, ``folder`` (Python packages by where they came from), ``gone`` (of a version
+    that the index has no more), ``environment`` (of another place than the recipe's), ``deb``, ``r``, ``conda``,
+    ``unowned``, ``changed``, ``removed``, ``users``.
     name: a package with its version, or a path; why: what stands in the way; size: bytes of a file.
     """
 
@@ -159,6 +160,9 @@ class _Freeze:
         self.rows: list[_Row] = []
         self.debian: list[str] = []
         self.python: list[str] = []
+        #: What the recipe asks for by a name and a version, and the files that come with it.
+        self.wishes: dict[str, Package] = {}
+        self.brought: dict[tuple[str, ...], list[_Row]] = {}
         self.scripts: list[str] = []
         self.files: dict[str, str] = {}
         self.taken = 0
@@ -174,8 +178,8 @@ class _Freeze:
         new, gone = ([Package(*row) for row in found[which]] for which in ("new", "gone"))
         done = {package.key for package in new if self._express(package)} | {("venv", VENV, "")}
         self._remove(gone)
-        rows = (_Row(**row | {"owner": tuple(row["owner"])}) for row in found["files"])
-        self.rows = [row for row in rows if row.owner not in done]
+        for row in (_Row(**row | {"owner": tuple(row["owner"])}) for row in found["files"]):
+            (self.brought.setdefault(row.owner, []) if row.owner in done else self.rows).append(row)
         result = self._made(build)
         if with_files and self._take(most):
             result = self._made(build)
@@ -195,7 +199,7 @@ class _Freeze:
         kind, why = package.kind, ""
         if kind == "deb":
             if self.suite and _VERSION.fullmatch(package.version):
-                self.debian.append(f"{package.name}={package.version}")
+                self._wish(self.debian, f"{package.name}={package.version}", package)
             else:
                 why = "what the recipe stands on is of no Debian suite known here"
         elif kind == "python" and package.environment == VENV:
@@ -218,8 +222,25 @@ class _Freeze:
         elif package.origin != "index":
             kind = package.origin if package.origin in ("editable", "vcs") else "folder"
             return kind, f"from {package.source}" if package.source else "nothing tells where it came from"
-        self.python.append(wish)
+        self._wish(self.python, wish, package)
         return "python", ""
+
+    def _wish(self, wishes: list[str], wish: str, package: Package) -> None:
+        wishes.append(wish)
+        self.wishes[wish] = package
+
+    def _give_up(self, failed: BuildFailed) -> bool:
+        """Take out of the recipe what nobody has any more, and say so by name; whether there is any such."""
+        wanted = {_plain(each) for each in failed.missing}
+        gone = [wish for wish in self.wishes if {_plain(wish), _plain(re.split("=| @ ", wish)[0])} & wanted]
+        for wish in gone:
+            package = self.wishes.pop(wish)
+            where = "archive" if package.kind == "deb" else "index"
+            kind = "deb" if package.kind == "deb" else "gone"
+            self.packages.append(Lost(kind, _label(package.name, package.version), f"no {where} has it any more"))
+            (self.debian if package.kind == "deb" else self.python).remove(wish)
+            self.rows += self.brought.pop(package.key, [])
+        return bool(gone)
 
     def _remove(self, gone: Iterable[Package]) -> None:
         """What was there when it was built and is no more: by a script, after everything else."""
@@ -294,20 +315,28 @@ class _Freeze:
         lines = list(summary(self.lost))
         yield from ["Not in here:", *(f"  {line}" for line in lines)] if lines else []
 
+    def _locked(self) -> Image:
+        """Build the recipe, without what is nowhere to be had any more. Raises BuildFailed."""
+        while True:
+            try:
+                return self.tools.lock(str(self.folder))
+            except BuildFailed as error:
+                if self._give_up(error):
+                    self._write()
+                    continue
+                remedy = "; ".join(filter(None, [error.remedy, "`freeze --no-build` writes the recipe alone"]))
+                raise BuildFailed(error.tried, error.obstacle, remedy) from None
+
     def _made(self, build: bool) -> Frozen:
         """Write the recipe, build it if that is wanted, and forget of what is lost all that is there nevertheless."""
         self._write()
+        image = self._locked() if build else None
         (kind, name), *_ = self.base.items()
         result = Frozen(
             "", self.name, f"{kind} {name}", tuple(self.debian), tuple(self.python), self.taken, tuple(self.lost)
         )
-        if not build:
+        if image is None:
             return result
-        try:
-            image = self.tools.lock(str(self.folder))
-        except BuildFailed as error:
-            remedy = "; ".join(filter(None, [error.remedy, "`freeze --no-build` writes the recipe alone"]))
-            raise BuildFailed(error.tried, error.obstacle, remedy) from None
         between = diff.between(self.store, self.image, image, times=False)
         whole = userns.call("workbench.history.freeze:measure", self.store.trees(self.image.diff_ids))
         unlike = {_label(row.name, row.before) for row in between.packages if row.before}
@@ -322,6 +351,12 @@ class _Freeze:
             files=(whole["files"] - len(files) + more, whole["files"]), more=more,
             different=tuple(row.path for row in files),
         )  # fmt: skip
+
+
+def _plain(wish: str) -> str:
+    """A package's name as both kinds of tools write it, with the version."""
+    name, equals, version = wish.partition("=")
+    return re.sub(r"[-_.]+", "-", name).lower() + equals + version
 
 
 def frozen_name(text: str, image_id: str) -> str:
@@ -345,8 +380,8 @@ _WORDS = {
     "vcs": ("package from a repository of sources", "packages from repositories of sources"),
     "folder": ("package from a folder or file", "packages from folders or files"),
     "environment": ("package of another environment", "packages of other environments"),
-    "deb": ("Debian package", "Debian packages"), "r": ("R package", "R packages"),
-    "conda": ("conda package", "conda packages"),
+    "deb": ("Debian package", "Debian packages"), "gone": ("Python package", "Python packages"),
+    "r": ("R package", "R packages"), "conda": ("conda package", "conda packages"),
     "unowned": ("file that no package owns", "files that no package owns"),
     "changed": ("changed file of a package", "changed files of packages"),
     "removed": ("removed file", "removed files"), "users": ("file of users and groups", "files of users and groups"),
