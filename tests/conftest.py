@@ -5,9 +5,11 @@ Set ``WORKBENCH_TEST_HOME`` to a folder with a short path to keep the store betw
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -55,6 +57,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def home() -> Path:
     """The store of this test session (``$WORKBENCH_HOME``)."""
     return Path(os.environ["WORKBENCH_HOME"])
+
+
+def other_account() -> tuple[str, str]:
+    """An account that is not root's and the Python that has Workbench for it: that of ``make test``, or whose sudo it
+    is."""
+    for name, python in (("workbench-test", "venv/bin/python"), (os.environ.get("SUDO_USER", "root"), sys.executable)):
+        with contextlib.suppress(KeyError):
+            home = pwd.getpwnam(name).pw_dir
+            if name != "root" and os.access(os.path.join(home, python), os.X_OK):
+                return name, os.path.join(home, python)
+    pytest.skip("there is no other account with Workbench; `sudo make test` makes one")
 
 
 @dataclass(frozen=True)

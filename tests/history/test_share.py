@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
 import shutil
 import subprocess
 import tarfile
@@ -13,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import other_account
 from tests.history.test_snapshot import DRIVER, Live, difference, listed
 from workbench.images import config
 from workbench.linux import userns
 from workbench.model import Conflict, Corrupt, InvalidInput, NotFound
 from workbench.workbench import Workbench
 
-ACCOUNT = "workbench-test"
 NOTEBOOK = '{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
 
 
@@ -115,8 +114,7 @@ def test_other_tools_read_it(workbench: Workbench, made: str, tmp_path: Path) ->
 @pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to be two users")
 def test_a_colleague_on_the_same_machine(workbench: Workbench, made: str, tmp_path: Path) -> None:
     """Another account, store and way of having ids: the same ID, and the same tree in every attribute."""
-    account = pwd.getpwnam(ACCOUNT)
-    python = Path(account.pw_dir, "venv", "bin", "python")
+    account, python = other_account()
     out = tmp_path / "plots.oci.tar"
     notebook = tmp_path / "analysis.ipynb"
     notebook.write_text(NOTEBOOK)
@@ -124,13 +122,13 @@ def test_a_colleague_on_the_same_machine(workbench: Workbench, made: str, tmp_pa
     place = Path("/tmp", f"wbc{os.getpid()}")
     place.mkdir(0o700)
     shutil.copy(out, place)
-    shutil.chown(place, ACCOUNT)
+    shutil.chown(place, account)
     (place / out.name).chmod(0o644)
-    environment = [f"HOME={place}", f"PATH={python.parent}:/usr/bin:/bin:/usr/sbin", f"WORKBENCH_HOME={place}/w",
+    environment = [f"HOME={place}", f"PATH={Path(python).parent}:/usr/bin:/bin:/usr/sbin", f"WORKBENCH_HOME={place}/w",
                    f"JUPYTER_DATA_DIR={place}/j"]  # fmt: skip
 
     def colleague(*words: str, text: str = "") -> str:
-        command = ["runuser", "-u", ACCOUNT, "--", "env", "-i", *environment, str(python), "-m", "workbench", *words]
+        command = ["runuser", "-u", account, "--", "env", "-i", *environment, python, "-m", "workbench", *words]
         done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=place, check=False)
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -150,7 +148,7 @@ def test_a_colleague_on_the_same_machine(workbench: Workbench, made: str, tmp_pa
         remove = (
             "import sys; from workbench.linux import userns as u; u.call('workbench.linux.trees:remove', sys.argv[1])"
         )
-        command = ["runuser", "-u", ACCOUNT, "--", "env", "-i", *environment, str(python), "-c", remove, f"{place}/w"]
+        command = ["runuser", "-u", account, "--", "env", "-i", *environment, python, "-c", remove, f"{place}/w"]
         subprocess.run(command, check=True, cwd="/")
         shutil.rmtree(place)
 

@@ -21,8 +21,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from tests.conftest import BASE, our_processes
-from tests.history.test_share import ACCOUNT
+from tests.conftest import BASE, other_account, our_processes
 from tests.history.test_snapshot import DRIVER
 from tests.jupyter.conftest import Server
 from tests.jupyter.test_guest import INSTALL
@@ -149,11 +148,11 @@ class Person:
 @pytest.fixture
 def people() -> Iterator[dict[str, Person]]:
     """Root with the store of the tests, the other account, and root with an empty store."""
-    home = Path(pwd.getpwnam(ACCOUNT).pw_dir)
+    account, python = other_account()
     there = Path("/tmp", f"wbh{os.getpid()}")
     made = {
         "root": Person(BASE / "h1", "root", sys.executable, BASE / "w"),
-        "user": Person(there, ACCOUNT, str(home / "venv" / "bin" / "python"), there / "w"),
+        "user": Person(there, account, python, there / "w"),
         "other": Person(BASE / "h2", "root", sys.executable, BASE / "h2" / "w"),
     }
     yield made

@@ -155,5 +155,10 @@ def test_it_opens_in_the_very_image_or_not_at_all(server: Server, cli) -> None:
     body = {"path": "n.ipynb", "name": "n.ipynb", "type": "notebook", "kernel": {"name": "wb-note-env"}}
     status, answer = server.request("/api/sessions", "POST", body)
     assert status >= 400
-    assert "image 111111111111 (note/env) is not here, last seen in env.oci.tar" in json.dumps(answer)
+    told = "image 111111111111 (note/env) is not here, last seen in env.oci.tar"
+    assert told in json.dumps(answer)
     assert json.loads(cli("ps", "--json").out) == []
+    # who has no such kernel chooses another one, and is told as well
+    plain = Session(server, kernel="wb-python")
+    assert f"this notebook was last run in another environment: {told}" in plain.run("1").stderr
+    plain.close()

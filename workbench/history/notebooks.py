@@ -36,12 +36,17 @@ class Record:
     seen: tuple[str, ...]
     kernel: str
 
-    def missing(self, path: str) -> NotFound:
-        """The error when the image is not here."""
+    @property
+    def absence(self) -> str:
+        """What is to be said of an image that is not here."""
         named = f" ({self.ref})" if self.ref else ""
         where = f", last seen in {', '.join(self.seen)}" if self.seen else ""
+        return f"image {self.image[7:19]}{named} is not here{where}"
+
+    def missing(self, path: str) -> NotFound:
+        """The error when the image is not here."""
         return NotFound(
-            f"open {os.path.basename(path)} in its environment", f"image {self.image[7:19]}{named} is not here{where}",
+            f"open {os.path.basename(path)} in its environment", self.absence,
             "import it with `jupyter workbench import`, or choose another kernel",
         )  # fmt: skip
 

@@ -39,8 +39,8 @@ def take_up(bench: Workbench, path: str, kernel: str, name: str, resume: bool) -
     """The image that a notebook names, and the container that it had.
 
     path: of the notebook, "" where there is none. kernel, name: the kernelspec that was chosen, and its image: another
-    kernel than the notebook's own is that kernel. resume: whether a stopped container goes on. Raises NotFound when the
-    image that the notebook names is not here.
+    kernel than the notebook's own is that kernel, and where the image is not here that is said. resume: whether a
+    stopped container goes on. Raises NotFound when the image that the notebook names is not here, for its own kernel.
     """
     if not path.endswith(".ipynb"):
         return Taken()
@@ -53,6 +53,11 @@ def take_up(bench: Workbench, path: str, kernel: str, name: str, resume: bool) -
             raise record.missing(path) from None
         if bench.refs.find(name) not in (None, image):
             notice = f"in {image[7:19]}, as the notebook says; {name} has moved since"
+    elif record is not None:  # whoever has not got the image is offered no kernel of it, and takes another
+        try:
+            bench.image(record.image)
+        except NotFound:
+            notice = f"this notebook was last run in another environment: {record.absence}"
     for container in bench.stopped_for(path) if resume else ():
         head = container.head["image"]
         if head == image or (not image and container.labels["image"] == name):
