@@ -92,6 +92,15 @@ def test_a_build_ends_with_its_server(server: Server) -> None:
     server.process.wait()  # that nothing is left of it is asserted after each test
 
 
+def test_modules_of_the_working_folder_are_not_run(server: Server) -> None:
+    """Containers write into it."""
+    for name in ("workbench", "json"):
+        (server.root / f"{name}.py").write_text(f"open({str(server.root / 'run')!r}, 'a').write('{name}')")
+    recipe(server.root, "broken", '[[run]]\nscript = "exit 3"\n')
+    found = ended(server, server.request(f"{API}/builds", "POST", {"recipe": "broken"})[1]["id"])
+    assert "build broken, step run-1" in found["error"] and not (server.root / "run").exists()
+
+
 def test_a_failed_build_says_why(server: Server) -> None:
     recipe(server.root, "broken", '[[run]]\nscript = "echo so it is >&2; exit 3"\n')
     found = ended(server, server.request(f"{API}/builds", "POST", {"recipe": "broken"})[1]["id"])

@@ -59,7 +59,8 @@ class Build:
     async def _run(self, command: list[str], environ: dict[str, str]) -> None:
         self._tell("started")
         self._process = process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "workbench.jupyter.builds", str(os.getpid()), *command,
+            # Not with modules of the working folder, into which containers write.
+            sys.executable, "-P", "-m", "workbench.jupyter.builds", str(os.getpid()), *command,
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
             env=environ,
         )  # fmt: skip
@@ -151,7 +152,7 @@ def main(server: str, *command: str) -> None:
     sc.prctl(sc.PR_SET_PDEATHSIG, signal.SIGINT)
     if os.getppid() != int(server):
         sys.exit(130)
-    os.execv(sys.executable, [sys.executable, "-m", "workbench", *command])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "workbench", *command])
 
 
 if __name__ == "__main__":

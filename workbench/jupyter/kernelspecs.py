@@ -147,7 +147,7 @@ def _launcher() -> list[str]:
             return [path]
     if found := shutil.which("workbench-kernel"):
         return [os.path.abspath(found)]
-    return [sys.executable, "-m", "workbench.jupyter.launcher"]  # not installed: a checkout on PYTHONPATH
+    return [sys.executable, "-P", "-m", "workbench.jupyter.launcher"]  # not installed: a checkout on PYTHONPATH
 
 
 def _folder() -> Path:
