@@ -274,6 +274,20 @@ def test_what_cannot_be_built_leaves_nothing(shell: Live, workbench: Workbench, 
     assert os.listdir(tmp_path) == []
 
 
+def test_a_name_that_is_an_address_is_none(shell: Live, workbench: Workbench, tmp_path: Path) -> None:
+    """What METADATA says is anybody's text, and a recipe's requirement may be an address that a build fetches."""
+    site = "opt/venv/lib/python3.11/site-packages"
+    files = {
+        f"{site}/{name}-1.dist-info/{file}": text
+        for name, said in (("a", "a @ http://localhost:1/a"), ("b", "b"))
+        for file, text in (("METADATA", f"Name: {said}\nVersion: 1\n"), ("INSTALLER", "pip"))
+    }
+    userns.call("tests.history.inside:contents", shell.container.upper, files)
+    shell.snapshot("x", name="freeze/shell")
+    done = workbench.freeze("freeze/shell", str(tmp_path / "f"), build=False)
+    assert done.python == ("b==1",) and [one.why for one in done.lost if one.kind == "folder"]
+
+
 def test_refused(workbench: Workbench, image: str, tmp_path: Path) -> None:
     (tmp_path / "f").write_text("")
     with pytest.raises(Conflict, match="is there"):

@@ -32,6 +32,9 @@ MOST_FILES = 2000
 _USERS = re.compile(r"etc/(?:passwd|group|shadow|gshadow|subuid|subgid)")
 #: Of a Debian package what a recipe can name (Debian policy 5.6.12).
 _VERSION = re.compile(r"[A-Za-z0-9.+:~-]+")
+#: Of a Python package: its METADATA may say anything, and what is no plain name could be read as an address (PEP 508).
+_NAME = re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")
+_RELEASE = re.compile(r"[A-Za-z0-9.+!_-]+")
 _IPYKERNEL = re.compile(r"ipykernel\b")
 
 
@@ -214,6 +217,8 @@ class _Freeze:
 
     def _require(self, package: Package) -> tuple[str, str]:
         """Name a Python package; else what kind it is and why not."""
+        if not _NAME.fullmatch(package.name) or not _RELEASE.fullmatch(package.version):
+            return "folder", "its name or version is none that an index has"
         wish = f"{package.name}=={package.version}"
         if package.origin == "url" and package.source.startswith(("https://", "http://")):
             if not self.tools.reaches(package.source.partition("#")[0]):
