@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from workbench.history.worktree import Unsaved
     from workbench.images.refs import Refs
     from workbench.images.store import Store
-    from workbench.model import Image
+    from workbench.model import Image, Meter
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +59,14 @@ class HistoryFace:
 
     def snapshot(
         self, text: str, *, message: str, author: str = "", name: str = "", when: int | None = None,
-        look_only: bool = False, force: bool = False,
+        look_only: bool = False, force: bool = False, meter: Meter | None = None,
     ) -> Snapshot:  # fmt: skip
         """Take a snapshot of a container, by its ID; see ``history.snapshot.take``."""
         from workbench.history import snapshot
 
         return snapshot.take(
             self.store, self.refs, self.container(text), message=message, author=author, name=name, when=when,
-            look_only=look_only, force=force,
+            look_only=look_only, force=force, meter=meter,
         )  # fmt: skip
 
     def unsaved(self, text: str) -> Unsaved:
@@ -183,17 +183,22 @@ class HistoryFace:
         self.refs.move(name, image.id, f"tag: {text}", force=force)
         return image
 
-    def export(self, text: str, out: str, *, form: str = "none", along: Sequence[str] = ()) -> int:
+    def export(
+        self, text: str, out: str, *, form: str = "none", along: Sequence[str] = (), meter: Meter | None = None
+    ) -> int:
         """Write an image into one file that other tools read; see ``history.share.save``."""
         from workbench.history import share
 
-        return share.save(self.store, self.refs, self.image(text), text, out, form=form, along=along)
+        return share.save(self.store, self.refs, self.image(text), text, out, form=form, along=along, meter=meter)
 
-    def packed(self, text: str, *, form: str = "none") -> AbstractContextManager[Path]:
-        """An image's archive for who hands it on at once; see ``history.share.packed``."""
+    def packed(
+        self, text: str, *, form: str = "none", along: Sequence[str] = (), meter: Meter | None = None, image: str = ""
+    ) -> AbstractContextManager[Path]:
+        """An image's archive for who hands it on at once; see ``history.share.packed``. image: what ``text`` means."""
         from workbench.history import share
 
-        return share.packed(self.store, self.refs, self.image(text), text, form=form)
+        found = self.image(image or text)
+        return share.packed(self.store, self.refs, found, text, form=form, along=along, meter=meter)
 
     def load(
         self, path: str, name: str = "", *, force: bool = False, place: str | None = None

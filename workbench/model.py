@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
@@ -79,6 +79,10 @@ class Conflict(WorkbenchError):
     """Somebody else holds it, or it is still in use."""
 
 
+class Interrupted(WorkbenchError):
+    """Whoever asked for it wants it no more; nothing of it stays."""
+
+
 class Running(Conflict):
     """A container that runs, where it has to stand still."""
 
@@ -99,6 +103,11 @@ class BuildFailed(WorkbenchError):
 
 class LaunchFailed(WorkbenchError):
     """A container could not be started."""
+
+
+#: Told some ten times a second of long work what it does and how far it is: ``meter("writing", 3 << 20, 9 << 20)``, in
+#: bytes, the last one 0 where it waits or nobody knows. What it raises ends the work, of which nothing stays then.
+Meter = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

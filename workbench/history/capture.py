@@ -70,7 +70,7 @@ def capture(upper: str, lowers: list[str], out: str, index: str, new_index: str,
                 sc.syncfs(fd)
                 work = _Capture(upper, lowers, rules, before, tars)
                 work.look()
-                much = work.bulk() > _MUCH
+                much = work.bulk(out) > _MUCH
                 if tried or not much:
                     sink = _written(work, out, ahead)
                 stood += time.monotonic() - began
@@ -91,6 +91,17 @@ def capture(upper: str, lowers: list[str], out: str, index: str, new_index: str,
     return found | {
         "changes": len(work.changed), "paths": work.changed[:50_000], "skipped": sorted(work.skipped), "paused": stood,
     }  # fmt: skip
+
+
+def progress(out: str) -> tuple[int, int]:
+    """Of a ``capture`` that another process is at: bytes written, and those to be written, 0 while that is unknown."""
+    written = [os.stat(path).st_size for path in (out, f"{out}.ahead") if os.path.exists(path)]
+    try:
+        with open(f"{out}.bulk") as file:
+            bulk = int(file.read() or 0)
+    except FileNotFoundError:
+        bulk = 0
+    return min(max(written, default=0), bulk), bulk
 
 
 def _written(work: _Capture, out: str, ahead: Ahead | None) -> Sink | Assembly:
@@ -244,10 +255,14 @@ class _Capture:
 
     # Then it is written
 
-    def bulk(self) -> int:
-        """Bytes of the files that are wanted."""
+    def bulk(self, out: str) -> int:
+        """Bytes of the files that are wanted; much is told beside ``out``, for ``progress``."""
         looks = (self.now[path] for path in self.wanted if path in self.now)
-        return sum(look[_SIZE] for look in looks if stat.S_ISREG(look[_MODE]))
+        bulk = sum(look[_SIZE] for look in looks if stat.S_ISREG(look[_MODE]))
+        if bulk > _MUCH:
+            with open(f"{out}.bulk", "w") as file:
+                file.write(str(bulk))
+        return bulk
 
     def write(self, sink: Sink | Assembly, ahead: Ahead | None = None) -> None:
         """The tar: what is wanted, in the order of every layer, which is the one that it was looked at in."""
@@ -292,7 +307,7 @@ class _Capture:
             if not looked:
                 self.look()
             sc.syncfs(fd)  # between the look and the reading, see ``ahead``
-            if self.bulk() <= _MUCH:
+            if self.bulk(out) <= _MUCH:
                 return None
             sink = Sink(path)
             try:

@@ -13,29 +13,40 @@ from workbench.images import archive, export
 from workbench.images.refs import Refs
 from workbench.images.source import opened
 from workbench.images.store import Store
-from workbench.model import Image, InvalidInput, NotFound
+from workbench.model import Image, InvalidInput, Meter, NotFound
 
 #: A configuration file or a hidden one, dropped beside a user's work, would do something.
 _NOTEBOOK = re.compile(r"\w[\w .()+-]*\.ipynb")
 
 
 def save(
-    store: Store, refs: Refs, image: Image, text: str, out: str, *, form: str = "none", along: Sequence[str] = ()
-) -> int:
+    store: Store, refs: Refs, image: Image, text: str, out: str, *, form: str = "none", along: Sequence[str] = (),
+    meter: Meter | None = None,
+) -> int:  # fmt: skip
     """Write an image into one file that other tools read, with files that go along; its bytes.
 
-    text: how the caller named it, which is its name in the file if it is one of its names; along: notebooks. Raises
-    NotFound, InvalidInput, HostLacks without space.
+    text: how the caller named it, which is its name in the file if it is one of its names; along: notebooks; meter: may
+    end it. Raises NotFound, InvalidInput, HostLacks without space.
     """
-    files = {os.path.basename(path): Path(path) for path in along}
-    for file, path in files.items():
-        if not _NOTEBOOK.fullmatch(file):
-            raise InvalidInput(f"export {text}", f"{file!r} is no notebook", "only FILE.ipynb goes along with an image")
-        if not path.is_file():
-            raise NotFound(f"export {text}", f"there is no file {path}", "correct the name")
-    size = export.save(store, image, _name(refs, image, text), out, form=export.form(form), along=files)
+    files = _notebooks(text, along)
+    size = export.save(store, image, _name(refs, image, text), out, form=export.form(form), along=files, meter=meter)
     notebooks.note_place(str(store.home), image.id, out)
     return size
+
+
+def _notebooks(text: str, along: Sequence[str]) -> dict[str, Path]:
+    files = {os.path.basename(path): Path(path) for path in along}
+    for file, path in files.items():
+        check_notebook(text, file)
+        if not path.is_file():
+            raise NotFound(f"export {text}", f"there is no file {path}", "correct the name")
+    return files
+
+
+def check_notebook(text: str, file: str) -> None:
+    """Whether a file of that name may go along with the image ``text``. Raises InvalidInput."""
+    if not _NOTEBOOK.fullmatch(file):
+        raise InvalidInput(f"export {text}", f"{file!r} is no notebook", "only FILE.ipynb goes along with an image")
 
 
 def _name(refs: Refs, image: Image, text: str) -> str:
@@ -44,11 +55,15 @@ def _name(refs: Refs, image: Image, text: str) -> str:
 
 
 @contextmanager
-def packed(store: Store, refs: Refs, image: Image, text: str, *, form: str = "none") -> Iterator[Path]:
+def packed(
+    store: Store, refs: Refs, image: Image, text: str, *, form: str = "none", along: Sequence[str] = (),
+    meter: Meter | None = None,
+) -> Iterator[Path]:  # fmt: skip
     """The same as a file that is gone afterwards, for who hands it on at once. Raises as ``save``."""
+    files = _notebooks(text, along)
     with store.staging() as staging:
         out = staging / "image.oci.tar"
-        export.save(store, image, _name(refs, image, text), out, form=export.form(form))
+        export.save(store, image, _name(refs, image, text), out, form=export.form(form), along=files, meter=meter)
         yield out
 
 

@@ -22,12 +22,12 @@ from typing import Any
 
 from workbench.containers import pause, state
 from workbench.containers.container import Container
-from workbench.history import log, machine
+from workbench.history import capture, log, machine
 from workbench.images import config
 from workbench.images.refs import Refs
 from workbench.images.store import Store
 from workbench.linux import userns
-from workbench.model import CREDENTIALS, NOT_ENVIRONMENT, Conflict, Image, InvalidInput, NotFound
+from workbench.model import CREDENTIALS, NOT_ENVIRONMENT, Conflict, Image, InvalidInput, Meter, NotFound
 
 _LONGEST = 64 << 10  # characters of a message
 RULES = (*NOT_ENVIRONMENT, *CREDENTIALS)
@@ -53,18 +53,18 @@ class Snapshot:
 
 def take(
     store: Store, refs: Refs, container: Container, *, message: str, author: str = "", name: str = "",
-    when: int | None = None, look_only: bool = False, force: bool = False,
+    when: int | None = None, look_only: bool = False, force: bool = False, meter: Meter | None = None,
 ) -> Snapshot:  # fmt: skip
     """Take one of a container, running or not; it goes on, over the same layers.
 
     author: ``Name <address>``, by default Git's (``default_author``); name: the ref to point at it from now on, by
     default the one that its last snapshot has; when: seconds since 1970, by default now; look_only: only say what
-    would be taken. Raises Conflict when the container ends meanwhile, and when the ref has gone elsewhere, unless
-    ``force``; InvalidInput, NotFound, HostLacks without space.
+    would be taken; meter: may end it until the image is made. Raises Conflict when the container ends meanwhile, and
+    when the ref has gone elsewhere, unless ``force``; InvalidInput, NotFound, HostLacks without space.
     """
     tried = f"take a snapshot of container {container.id}"
     author, message = _checked(author or default_author(), message if not look_only else message or "look")
-    with alone(container), store.staging() as staging:
+    with alone(container, meter), store.staging() as staging:
         known, head = container.state, state.load_head(container.folder)
         ref = name or head["ref"] or _own_name(known, refs)
         parent = store.image(head["image"])
@@ -72,7 +72,7 @@ def take(
         with store.lease(parent.id):
             out, index = str(staging / "layer.tar"), str(staging / "index.json")
             try:
-                found = _captured(store, container, known, head, out, index)
+                found = _captured(store, container, known, head, out, index, meter)
             except FileNotFoundError:
                 raise Conflict(tried, "it has ended meanwhile", "see `jupyter workbench ps --all`") from None
             result = Snapshot(
@@ -83,6 +83,8 @@ def take(
             if look_only or not (found["changes"] or untold):
                 return result
             layers = head["layers"]
+            if meter is not None:  # the last time: what follows is short
+                meter("keeping what changed", found["size"], found["size"])
             if found["changes"]:
                 store.adopt_tar(out, found["diff_id"], found["size"])
                 layers = [*layers, found["diff_id"]]
@@ -116,8 +118,9 @@ def _check_forward(store: Store, refs: Refs, ref: str, image: Image) -> None:
 
 
 def _captured(
-    store: Store, container: Container, known: dict[str, Any], head: dict[str, Any], out: str, index: str
-) -> dict[str, Any]:
+    store: Store, container: Container, known: dict[str, Any], head: dict[str, Any], out: str, index: str,
+    meter: Meter | None,
+) -> dict[str, Any]:  # fmt: skip
     """See ``capture.capture``; a container that does not run is kept from being started meanwhile."""
     running = known["status"] == "running"
     old = os.path.join(state.tree(container.folder), head["index"]) if head["index"] else ""
@@ -126,6 +129,7 @@ def _captured(
         found: dict[str, Any] = userns.call(
             "workbench.history.capture:capture", container.upper, list(known["spec"]["layers"]), out, old, index,
             list(RULES), guard, tars, fds=(guard,) if running else (), apart=True,
+            meanwhile=meter and (lambda: meter("reading what changed", *capture.progress(out))),
         )  # fmt: skip
     return found
 
@@ -141,17 +145,29 @@ def _kept_still(container: Container) -> Iterator[int]:
 
 
 @contextmanager
-def alone(container: Container) -> Iterator[None]:
+def alone(container: Container, meter: Meter | None = None) -> Iterator[None]:
     """One snapshot of a container at a time; the second waits, and finds what is new since the first."""
     try:
         fd = os.open(container.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         raise NotFound("take a snapshot", f"container {container.id} is gone", "") from None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        while meter is not None and not _locked(fd):
+            meter("waiting for another snapshot", 0, 0)
+            time.sleep(0.1)
+        if meter is None:
+            fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _config(store: Store, parent: Image, diff_id: str, message: str, author: str, when: int | None) -> bytes:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -19,7 +20,7 @@ from workbench.images import config, files, tar
 from workbench.images.files import clear_errors
 from workbench.images.source import zstd_module
 from workbench.images.store import Store
-from workbench.model import Corrupt, Image, InvalidInput, WorkbenchError
+from workbench.model import Corrupt, Image, InvalidInput, Meter, WorkbenchError
 
 Form = Literal["none", "gzip", "zstd"]
 FORMS: tuple[Form, ...] = ("none", "gzip", "zstd")
@@ -32,12 +33,12 @@ _CHUNK = 1 << 20
 
 def save(
     store: Store, image: Image, name: str, out: Path | str, *, form: Form = "none",
-    along: Mapping[str, Path] | None = None,
+    along: Mapping[str, Path] | None = None, meter: Meter | None = None,
 ) -> int:  # fmt: skip
     """Write an image's archive, durably; its bytes. What is there under that name is replaced only by a whole one.
 
     name: ``name:tag``, by which readers find it; form: how layers are compressed (``none`` and ``gzip`` are read by
-    all); along: files that go with it, by name. Raises NotFound, Corrupt, HostLacks without space.
+    all); along: files that go with it, by name; meter: may end it. Raises NotFound, Corrupt, HostLacks without space.
     """
     out = Path(os.path.abspath(out))
     new = out.with_name(f".{out.name}.{os.getpid()}")
@@ -48,7 +49,8 @@ def save(
     ):
         try:
             with open(new, "xb") as file:
-                _write(file, store, image, name, staging, form, along or {})
+                meanwhile = meter and partial(_tell, meter, file, store.size(image))
+                _write(file, store, image, name, staging, form, along or {}, meanwhile)
                 file.write(bytes(2 * tar.BLOCK))
                 file.flush()
                 os.fsync(file.fileno())
@@ -61,14 +63,16 @@ def save(
 
 def _write(
     archive: IO[bytes], store: Store, image: Image, name: str, staging: Path, form: Form,
-    along: Mapping[str, Path],
+    along: Mapping[str, Path], meanwhile: Callable[[], None] | None,
 ) -> None:  # fmt: skip
     # Named as well, since skopeo gives folders that it makes by itself to root, which without root it may not.
     for folder in ("blobs", "blobs/sha256", *([ALONG.rstrip("/")] if along else [])):
         archive.write(tar.header(tar.Entry(f"{folder}/".encode(), tar.FOLDER, 0o755)))
     _add(archive, "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
     data = store.config(image.id)
-    blobs = {diff_id: _layer(archive, store, diff_id, staging, form) for diff_id in dict.fromkeys(image.diff_ids)}
+    blobs = {
+        diff_id: _layer(archive, store, diff_id, staging, form, meanwhile) for diff_id in dict.fromkeys(image.diff_ids)
+    }
     described = [blobs[diff_id] for diff_id in image.diff_ids]
     manifest = _json({
         "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
@@ -96,24 +100,30 @@ def _ancestors(store: Store, image: Image) -> Iterator[bytes]:
         yield store.config(image.id)
 
 
-def _layer(archive: IO[bytes], store: Store, diff_id: str, staging: Path, form: Form) -> dict[str, Any]:
+def _tell(meter: Meter, archive: IO[bytes], total: int) -> None:
+    meter("writing", min(os.fstat(archive.fileno()).st_size, total), total)
+
+
+def _layer(
+    archive: IO[bytes], store: Store, diff_id: str, staging: Path, form: Form, meanwhile: Callable[[], None] | None
+) -> dict[str, Any]:
     """Write a layer's blob; its descriptor."""
     size = store.layer_size(diff_id)
     if form == "none" and size:
         archive.write(_header(_path(diff_id), size))
         archive.flush()
         begin = archive.tell()
-        store.append_tar(diff_id, archive.fileno())
+        store.append_tar(diff_id, archive.fileno(), meanwhile)
         if archive.seek(0, os.SEEK_END) != begin + size:
             raise Corrupt("export an image", f"layer {diff_id[:19]} is of another size", "jupyter workbench check")
         archive.write(bytes(-size % tar.BLOCK))
         return {"mediaType": _LAYER, "digest": diff_id, "size": size}
     plain = staging / "layer.tar"
-    store.write_tar(diff_id, plain)
+    store.write_tar(diff_id, plain, meanwhile)
     kept, digest, kind = plain, diff_id, _LAYER
     if form != "none":
         kept, kind = staging / "layer", f"{_LAYER}+{form}"
-        _compress(plain, kept, form)
+        _compress(plain, kept, form, meanwhile)
         digest = files.digest(str(kept))
     size = kept.stat().st_size
     archive.write(_header(_path(digest), size))
@@ -126,7 +136,7 @@ def _layer(archive: IO[bytes], store: Store, diff_id: str, staging: Path, form: 
     return {"mediaType": kind, "digest": digest, "size": size}
 
 
-def _compress(source: Path, target: Path, form: Form) -> None:
+def _compress(source: Path, target: Path, form: Form, meanwhile: Callable[[], None] | None) -> None:
     """The same bytes each time: no name and no time in the header."""
     with open(source, "rb") as file, open(target, "wb") as out:
         packed: Any
@@ -137,6 +147,8 @@ def _compress(source: Path, target: Path, form: Form) -> None:
         with packed:
             while data := file.read(_CHUNK):
                 packed.write(data)
+                if meanwhile is not None:
+                    meanwhile()
 
 
 def _described(kind: str, data: bytes) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from workbench.linux import userns
@@ -78,14 +78,19 @@ def digest(path: str) -> str:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def copy_checked(source: str, target: int, expected: str) -> bool:
-    """Append a file to a descriptor's if its digest is as expected; else nothing is left of it, and False."""
+def copy_checked(source: str, target: int, expected: str, meanwhile: Callable[[], None] | None = None) -> bool:
+    """Append a file to a descriptor's if its digest is as expected; else nothing is left of it, and False.
+
+    meanwhile: called with each megabyte; what it raises ends it.
+    """
     start = os.lseek(target, 0, os.SEEK_CUR)
     with open(source, "rb") as file, open(target, "wb", closefd=False) as copy:
         whole = hashlib.sha256()
         while data := file.read(1 << 20):
             whole.update(data)
             copy.write(data)
+            if meanwhile is not None:
+                meanwhile()
     if f"sha256:{whole.hexdigest()}" == expected:
         return True
     os.lseek(target, start, os.SEEK_SET)

@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ from workbench.model import (
 _AGAIN = "build or pull it again"
 _FOLDERS = ("blobs", "blobs/sha256", "layers", "refs", "containers", "cache", "tmp")
 _LEASE = ".lease"
+#: Bytes of a layer that takes a moment to remake.
+_LONG = 16 << 20
 
 
 class Lease:
@@ -179,24 +181,32 @@ class Store:
             self._keep(tree, found, record if os.path.exists(record) else None)
         return str(found["diff_id"])
 
-    def write_tar(self, diff_id: str, out_path: Path | str) -> None:
-        """Remake a layer's tar, byte for byte, durably. Raises NotFound, Corrupt for a changed tree."""
+    def write_tar(
+        self, diff_id: str, out_path: Path | str, meanwhile: Callable[[], None] | None = None
+    ) -> None:  # fmt: skip
+        """Remake a layer's tar, byte for byte, durably. Raises NotFound, Corrupt for a changed tree.
+
+        meanwhile: called some ten times a second at least, where that takes long; what it raises ends it.
+        """
         path = os.path.abspath(out_path)
         with files.clear_errors("write a layer's archive", path), open(path, "wb") as file:
             try:
-                self.append_tar(diff_id, file.fileno())
+                self.append_tar(diff_id, file.fileno(), meanwhile)
                 os.fsync(file.fileno())
             except BaseException:
                 if os.path.isfile(path):
                     os.unlink(path)
                 raise
 
-    def append_tar(self, diff_id: str, fd: int) -> None:
+    def append_tar(self, diff_id: str, fd: int, meanwhile: Callable[[], None] | None = None) -> None:
         """``write_tar`` to where a descriptor of a file stands, which the caller makes durable."""
-        if (kept := self.tar(diff_id)) and files.copy_checked(kept, fd, diff_id):
+        if (kept := self.tar(diff_id)) and files.copy_checked(kept, fd, diff_id, meanwhile):
             return
         tree = str(self.layer(diff_id))
-        found = userns.call("workbench.images.layer:remake", tree, self.record(diff_id), fd, fds=(fd,))
+        apart = meanwhile is not None and self.layer_size(diff_id) > _LONG  # where it can be ended
+        found = userns.call(
+            "workbench.images.layer:remake", tree, self.record(diff_id), fd, fds=(fd,), apart=apart, meanwhile=meanwhile
+        )
         if found["diff_id"] != diff_id:
             raise Corrupt("remake a layer's archive", f"{tree} has changed", "run `jupyter workbench check --repair`")
 

@@ -10,11 +10,13 @@ import importlib
 import json
 import os
 import pwd
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -282,12 +284,15 @@ def _main(kind: str, ready: str, go: str, target: str, *arguments: str) -> None:
     getattr(importlib.import_module(module), function)(*arguments)
 
 
-def call(target: str, *args: Any, fds: tuple[int, ...] = (), apart: bool = False) -> Any:
+def call(
+    target: str, *args: Any, fds: tuple[int, ...] = (), apart: bool = False, meanwhile: Callable[[], None] | None = None
+) -> Any:
     """``module:function(*args)`` where the user's container ids can be read, written and given away.
 
     As real root that is here and now; otherwise, or if it is to be ``apart`` (it forks, and here may be threads), in a
     fresh Python inside B. Arguments and result are JSON; ``fds`` keep their numbers. WorkbenchErrors and OSErrors
-    cross over. Raises HostLacks when B cannot be made.
+    cross over. meanwhile: called some ten times a second while that Python works; what it raises ends it. Raises
+    HostLacks when B cannot be made.
     """
     if host_ids().kind == "root" and not apart:
         module, function = target.split(":")
@@ -298,6 +303,8 @@ def call(target: str, *args: Any, fds: tuple[int, ...] = (), apart: bool = False
         number = exchange.fileno()
         process = spawn("workbench.linux.userns:_serve_call", (number, *fds), [str(number)], found_by=target)
         try:
+            if meanwhile is not None:
+                _attend(process.pid, meanwhile)
             process.wait()
         except BaseException:  # Ctrl-C: nothing goes on behind the user's back
             process.kill()
@@ -316,6 +323,18 @@ def call(target: str, *args: Any, fds: tuple[int, ...] = (), apart: bool = False
     if "error" in answer:
         raise WorkbenchError.from_dict(answer)
     raise LaunchFailed(f"run {target}", f"its process ended with {process.returncode}")
+
+
+def _attend(pid: int, meanwhile: Callable[[], None]) -> None:
+    """Until a child has ended, with no delay at that."""
+    fd = os.pidfd_open(pid)
+    try:
+        ended = select.poll()  # a server may have more descriptors than select(2) takes
+        ended.register(fd, select.POLLIN)
+        while not ended.poll(100):
+            meanwhile()
+    finally:
+        os.close(fd)
 
 
 def _serve_call(exchange: str) -> None:
