@@ -142,13 +142,13 @@ class Workbench(HistoryFace, LoggingConfigurable):
         return built
 
     def lock(
-        self, recipe: str, *, refresh: bool = False, vendor: str | None = None,
+        self, recipe: str, *, refresh: bool = False, vendor: str | None = None, named: bool = True,
         progress: Callable[[str], None] = lambda _line: None,
     ) -> tuple[str, Built]:  # fmt: skip
         """Choose versions for a recipe, build it, and write its lock: that file, and the build.
 
         refresh: keep what the present lock says as far as it can be had; vendor: a folder to fill with all files
-        that a build needs. Raises as ``build`` does.
+        that a build needs; named: False to give no image a name. Raises as ``build`` does.
         """
         from workbench.build import builder, lock
         from workbench.build import recipe as recipes
@@ -156,9 +156,10 @@ class Workbench(HistoryFace, LoggingConfigurable):
         folder = recipes.find(recipe)
         old = lock.load(folder) if refresh else None
         options = builder.Options(
-            lock=old, refresh=True, anew=not refresh, sums=True, vendor=_path(vendor), vendored=_vendored(folder, None)
-        )
-        built = self._build(folder, options, None, progress)
+            lock=old, refresh=True, anew=not refresh, sums=True, vendor=_path(vendor), vendored=_vendored(folder, None),
+            keep_failed=named,
+        )  # fmt: skip
+        built = self._build(folder, options, None if named else "", progress)
         return str(lock.save(built.lock, folder)), built
 
     def _build(self, folder: Path, options: Options, name: str | None, progress: Callable[[str], None]) -> Built:
@@ -380,17 +381,22 @@ class Workbench(HistoryFace, LoggingConfigurable):
 
     def freeze(
         self, text: str, out: str = "", *, build: bool = True, with_files: bool = False, most: str | int = "64M",
-        progress: Callable[[str], None] = lambda _line: None,
+        progress: Callable[[str], None] = lambda _line: None, stranger: bool = False, image: str = "",
     ) -> Frozen:  # fmt: skip
-        """Turn a snapshot back into a recipe in the folder ``out``; see ``history.freeze.freeze``."""
+        """Turn a snapshot back into a recipe in the folder ``out``; see ``history.freeze.freeze``.
+
+        stranger: what is in the image has asked for it: so no image gets a name, and no address is tried that the
+        image names. image: what ``text`` means.
+        """
         from workbench.build import written
         from workbench.history import freeze
 
         tools = written.Tools(
-            self.store, self.settings, lambda folder: self.lock(folder, progress=progress)[1].image
+            self.store, self.settings,
+            lambda folder: self.lock(folder, named=not stranger, progress=progress)[1].image, addresses=not stranger,
         )  # fmt: skip
         return freeze.freeze(
-            self.store, self.image(text), text, out, tools=tools, build=build, with_files=with_files,
+            self.store, self.image(image or text), text, out, tools=tools, build=build, with_files=with_files,
             most=parse_size(most),
         )  # fmt: skip
 

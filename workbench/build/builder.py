@@ -400,7 +400,7 @@ class _Build(Workplace):
         if end.limit or end.code > 128:
             obstacle = end.reason or f"it was killed by signal {end.code - 128}"
         where = f"its log is {kept}"
-        if failed.tree is not None and self._keep_failed(failed.tree):
+        if failed.tree is not None and self.options.keep_failed and self._keep_failed(failed.tree):
             where += f"; enter it with `jupyter workbench run --after-failure {self.recipe.name}`"
         told = BuildFailed(
             f"build {self.recipe.name}, step {step.name}", obstacle, f"{remedy}; {where}" if remedy else where

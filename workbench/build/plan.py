@@ -29,7 +29,7 @@ class Options:
     anew: choose versions anew, even where they were chosen before; fresh: take nothing from the cache and leave
     nothing there; vendored: a folder with files of the lock; offline: fetch nothing; sums: sum the layers up for a
     lock; vendor: a folder to put all files into; epoch: seconds since 1970 that times are clamped to where no lock
-    says it, by default the archive's own.
+    says it, by default the archive's own; keep_failed: give what a failed step leaves a name, to look into it.
     """
 
     lock: Lock | None = None
@@ -41,6 +41,7 @@ class Options:
     vendored: Path | None = None
     offline: bool = False
     epoch: int | None = None
+    keep_failed: bool = True
 
 
 @dataclass(frozen=True)

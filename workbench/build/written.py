@@ -80,10 +80,12 @@ def shipped_as(store: Store, image: Image) -> str:
 
 
 class Tools:
-    """See ``history.freeze.Tools``. lock: builds the recipe of a folder and locks it."""
+    """See ``history.freeze.Tools``. lock: builds the recipe of a folder and locks it; addresses: whether to try any."""
 
-    def __init__(self, store: Store, settings: Callable[[str], Settings], lock: Callable[[str], Image]) -> None:
-        self._store, self._settings, self._lock = store, settings, lock
+    def __init__(
+        self, store: Store, settings: Callable[[str], Settings], lock: Callable[[str], Image], *, addresses: bool = True
+    ) -> None:
+        self._store, self._settings, self._lock, self._addresses = store, settings, lock, addresses
 
     def text(self, values: Mapping[str, Any], remarks: Iterable[str]) -> str:
         """See ``text``."""
@@ -100,6 +102,8 @@ class Tools:
 
     def reaches(self, address: str) -> bool:
         """Whether something answers at an address."""
+        if not self._addresses:
+            return False
         try:
             Web(self._settings("")).open(address).close()
         except Unreachable:
