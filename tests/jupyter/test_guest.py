@@ -112,7 +112,7 @@ def test_what_it_does_not_know_is_said(start: Start) -> None:
         ("%container log --frob", "has no option"), ("%container snapshot", "no message"),
         ("%container snapshot -m", "wants a value"), ("%container tag", "wants a NAME"), ("%container log 'x", "quot"),
         ("%container log a b", "takes no 'b'"), ("%container show nothing-here", "none that this container stands on"),
-        ("%container tag UPPER", "is not one"), ("%container export x", "in a terminal, jupyter workbench export"),
+        ("%container tag UPPER", "is not one"), ("%container import x", "in a terminal, jupyter workbench import"),
     ):  # fmt: skip
         done = run(client, line)
         assert expected in done.stdout + done.stderr and not done.error, (line, done)

@@ -6,14 +6,17 @@ import os
 import sys
 from typing import Any
 
-from . import succession, tables, words
+from . import files, succession, tables, words
 from .api import SOCKET, Refused, ask, ask_shell
 
 _SHOWN = {
     "status": tables.show_status, "snapshot": tables.show_snapshot, "log": tables.show_log, "diff": tables.show_diff,
     "show": tables.show_show, "tag": tables.show_tag, "branch": tables.show_branch,
+    "export": tables.show_export, "freeze": tables.show_freeze,
     "checkout": succession.show_checkout, "reset": succession.show_checkout,
 }  # fmt: skip
+#: What is more than a question and an answer.
+_ASKED = {"export": files.export, "freeze": files.freeze}
 
 
 def run(line: str) -> Any:
@@ -24,7 +27,7 @@ def run(line: str) -> Any:
             print(words.HELP)
             return None
         asked = {key: value for key, value in request.items() if key != "oneline"}  # how it is shown is our own
-        value = ask(asked) if os.path.exists(SOCKET) else ask_shell(asked)
+        value = _ASKED.get(request["do"], ask)(asked) if os.path.exists(SOCKET) else ask_shell(asked)
         return _SHOWN[request["do"]](value, request)
     except Refused as refused:
         print(f"%container: {refused}", file=sys.stderr)

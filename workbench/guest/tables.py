@@ -57,8 +57,8 @@ def status_lines(value: dict[str, Any]) -> list[str]:
     lines = [
         ("image", "{} {}".format(value["image"], value["image_id"][7:19])),
         ("snapshot", "{} {}".format(value["ref"], value["head"][7:19]) if value["ref"] else "none yet"),
-        ("changed since", "%d files and folders, %s" % (value["changes"], size(value["size"]))),
-        ("disk", "{} written in this container".format(size(value["disk"]))),
+        ("changed since", _changed(value)),
+        ("disk", "-" if value["disk"] is None else "{} written in this container".format(size(value["disk"]))),
         ("network", value["network"]),
     ]
     usage = value.get("usage")
@@ -82,6 +82,12 @@ def show_status(value: Any, _request: Request) -> Any:
         print("\n".join(status_lines(value)))
         return None
     return dashboard.show(value)
+
+
+def _changed(value: Any) -> str:
+    if value["changes"] is None:
+        return "not known yet: a snapshot is being taken"
+    return "%d files and folders, %s" % (value["changes"], size(value["size"]))
 
 
 def show_snapshot(value: Any, request: Request) -> None:
@@ -150,3 +156,19 @@ def show_branch(value: Any, _request: Request) -> None:
     """As git-branch(1): a star before the one that snapshots move."""
     for row in value:
         say("{} {} {}".format("*" if row["current"] else " ", row["name"], row["image"][7:19]))
+
+
+def show_export(value: Any, _request: Request) -> None:
+    """The file and its size."""
+    say("{}  {}".format(value["file"], size(value["size"])))
+
+
+def show_freeze(value: Any, _request: Request) -> None:
+    """What the recipe names, how close it comes, and what is not in it."""
+    say("recipe {}/recipe.toml  on {}: {} Debian packages, {} Python packages".format(
+        value["folder"], value["base"], len(value["debian"]), len(value["python"])))  # fmt: skip
+    if value["image"]:
+        more = f", and {value['more']} more" if value["more"] else ""
+        say("equal  {} of {} packages, {} of {} files{}".format(*value["packages"], *value["files"], more))
+    for line in value["left"]:
+        say("not    " + line)

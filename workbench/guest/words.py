@@ -17,17 +17,24 @@ HELP = """\
 %container reset [--hard] [IMAGE]    this kernel anew in its last snapshot
 %container branch [NAME [IMAGE]]     names of its snapshots; a new one
 %container tag NAME [IMAGE]
+%container export [IMAGE] [-o FILE] [--with NOTEBOOK]
+                                     an image with its history as one file, by default here: NAME.oci.tar
+%container freeze [IMAGE] [-o FOLDER] [--no-build]
+                                     a recipe that gives the image again, by default here: NAME-frozen
 %container help
 
 IMAGE: a name, an ID or a revision such as plots~1; by default the last snapshot of this container.
+Interrupting the kernel ends what takes long; nothing of it stays. `jupyter workbench import FILE` takes an archive.
 Without a container (`%load_ext workbench` in any notebook) log, diff, show and tag want an IMAGE."""
 
 
 #: What nothing inside can ask for.
 _ON_THE_HOST = {
-    "export": "export NAME -o NAME.oci.tar", "import": "import NAME.oci.tar", "freeze": "freeze NAME",
-    "build": "build FOLDER",
+    "import": "import NAME.oci.tar", "build": "build FOLDER",
 }  # fmt: skip
+_OUTPUT = {"-o": "output", "--output": "output"}
+#: Options that may be given more than once.
+_LISTS = ("along",)
 
 
 def parse(line: str) -> Request:
@@ -43,6 +50,7 @@ def parse(line: str) -> Request:
                       "--author": "author"}, {"--dry-run": "dry_run"}, 0),
         "log": ({"-n": "number"}, {"--oneline": "oneline"}, 1), "diff": ({}, {"--files": "files"}, 2),
         "tag": ({}, {}, 2), "branch": ({}, {}, 2), "reset": ({}, {"--hard": "hard"}, 1),
+        "export": ({**_OUTPUT, "--with": "along"}, {}, 1), "freeze": (_OUTPUT, {"--no-build": "no_build"}, 1),
         "checkout": ({"-b": "create"}, {"-f": "force", "--force": "force"}, 1),
     }  # fmt: skip
     if verb in _ON_THE_HOST:
@@ -58,7 +66,9 @@ def parse(line: str) -> Request:
         if word in values:
             if not rest:
                 raise Refused(f"{word} wants a value")
-            request[values[word]] = rest.pop(0)
+            value = rest.pop(0)
+            key = values[word]
+            request[key] = [*request.get(key, []), value] if key in _LISTS else value
         elif word in flags:
             request[flags[word]] = True
         elif word.startswith("-"):
@@ -73,6 +83,8 @@ def parse(line: str) -> Request:
         raise Refused("%container tag wants a NAME")
     if verb == "checkout" and not {"image", "create"} & set(request):
         raise Refused("%container checkout wants an IMAGE, or -b NAME")
+    if request.pop("no_build", False):
+        request["build"] = False
     if "number" in request:
         if not request["number"].isdigit():
             raise Refused("-n wants a number")

@@ -1,27 +1,28 @@
 """What the code in one container may ask of the process that launched it, over a socket in its run folder.
 
 It can do what concerns its own container and the images that came of it, and nothing else. Whatever arrives is data:
-a request is one line of JSON of a few known keys, bounded in size, one at a time, and not too many in a second. The
-socket's name can be taken away from inside, which harms nobody else.
+a request is one line of JSON of a few known keys (``guest_channel`` sees to its size and its turn). No path of the host
+is ever taken from it: what is written where it says is written inside, by its own process. The socket's name can be
+taken away from inside, which harms nobody else.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from workbench.jupyter.events import IMAGE, Tell, nobody
-from workbench.linux.sockets import bind_private
-from workbench.model import Conflict, InvalidInput, NotFound, WorkbenchError
+from workbench.jupyter.guest_channel import Channel, Door, checked
+from workbench.model import Conflict, Interrupted, InvalidInput, NotFound, WorkbenchError
 
 if TYPE_CHECKING:
     from workbench.containers.container import Container
@@ -31,10 +32,9 @@ if TYPE_CHECKING:
 
 #: In the run folder; inside it is /run/workbench/api.
 NAME = "api"
-_REQUEST = 128 << 10  # bytes
-_TIMEOUT = 10.0  # seconds for a request to arrive, and for an answer to be taken
-_RATE = 2.0  # requests in a second, in the long run: each costs the host a tenth of one
-_BURST = 20.0  # requests that may come at once
+#: Bytes of the notebooks that go along with an archive, and of a recipe.
+_NOTEBOOKS, _RECIPE = 16 << 20, 8 << 20
+_PATIENCE = 5.0  # seconds until the one before has ended that was interrupted
 _PATHS = 1000
 
 _KNOWN: dict[str, dict[str, type]] = {
@@ -43,8 +43,11 @@ _KNOWN: dict[str, dict[str, type]] = {
     "log": {"image": str, "number": int}, "diff": {"one": str, "other": str, "files": bool},
     "show": {"image": str}, "tag": {"name": str, "image": str}, "branch": {"name": str, "image": str},
     "checkout": {"image": str, "create": str, "force": bool}, "reset": {"image": str, "hard": bool},
+    "export": {"image": str, "along": dict}, "freeze": {"image": str, "build": bool},
     "again": {"reply": dict}, "hello": {},
 }  # fmt: skip
+#: What may take long: it gets the channel, says how far it is, and ends when nobody waits for it any more.
+_LONG = ("status", "snapshot", "export", "freeze")
 
 
 #: Puts another environment in the place of a container's. Raises Conflict while it runs, and the other named errors.
@@ -65,44 +68,28 @@ class GuestApi:
         self._reply: dict[str, Any] = {}
         #: The widget that shows the status, which the next kernel makes anew.
         self._dashboard = ""
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._budget, self._then = _BURST, time.monotonic()
+        self._door = Door(self._serve, f"workbench-guest-{container.id}")
+        self._turns = {verb: threading.Lock() for verb in _LONG}
 
     def start(self) -> None:
         """Listen; before the container starts, so that the socket becomes its root's. Raises OSError."""
-        bind_private(self._listener, os.path.join(self.container.run_dir, NAME))
-        self._listener.listen(4)
-        threading.Thread(target=self._serve, name=f"workbench-guest-{self.container.id}", daemon=True).start()
+        self._door.open(os.path.join(self.container.run_dir, NAME))
 
     def close(self) -> None:
         """Stop listening; what is being done is done to its end."""
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+        self._door.close()
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                channel, _ = self._listener.accept()
-            except OSError:
-                return
-            with channel, suppress(OSError):
-                channel.settimeout(_TIMEOUT)
-                self._wait_for_budget()
-                answer = self._answer(_line(channel))
-                channel.sendall(json.dumps(answer).encode() + b"\n")
+    def _serve(self, line: bytes, channel: Channel) -> None:
+        channel.answer(self._answer(line, channel))
 
-    def _wait_for_budget(self) -> None:
-        now = time.monotonic()
-        self._budget = min(_BURST, self._budget + (now - self._then) * _RATE) - 1
-        self._then = now
-        if self._budget < 0:
-            time.sleep(-self._budget / _RATE)
-
-    def _answer(self, data: bytes) -> dict[str, Any]:
+    def _answer(self, line: bytes, channel: Channel) -> dict[str, Any]:
         try:
-            request = _checked(data)
-            return {"value": getattr(self, f"do_{request.pop('do')}")(**request)}
+            request = checked(line, _KNOWN)
+            verb = request.pop("do")
+            act = getattr(self, f"do_{verb}")
+            return {"value": act(channel, **request) if verb in _LONG else act(**request)}
+        except Interrupted:  # nobody waits for this
+            raise
         except WorkbenchError as error:
             return {"error": str(error)}
         except OSError as error:
@@ -111,9 +98,24 @@ class GuestApi:
             self.bench.log.exception("%%container of container %s", self.container.id)
             return {"error": "the launcher of this kernel could not do that; its log says why"}
 
+    @contextmanager
+    def _turn(self, channel: Channel, verb: str) -> Iterator[None]:
+        """One of a kind at a time. Raises Conflict when the one before does not end soon, Interrupted."""
+        turn, until = self._turns[verb], time.monotonic() + _PATIENCE
+        while not turn.acquire(timeout=0.1):
+            channel.say(f"waiting for another {verb}")
+            if time.monotonic() > until:
+                raise Conflict(
+                    f"%container {verb}", "another one of this container is under way", "wait, and try again"
+                )
+        try:
+            yield
+        finally:
+            turn.release()
+
     # What can be asked
 
-    def do_status(self, brief: bool = False) -> dict[str, Any]:
+    def do_status(self, channel: Channel, brief: bool = False) -> dict[str, Any]:
         """This container: its image, what it uses, and, unless ``brief``, what changed since its last snapshot."""
         head = self._head()
         known = self.container.state
@@ -125,25 +127,34 @@ class GuestApi:
         }  # fmt: skip
         if brief:
             return found
-        taken = self.bench.snapshot(self.container.id, message="", look_only=True)
+        taken = None
+        with suppress(Conflict), self._turn(channel, "snapshot"):  # one that takes long: there is no telling yet
+            taken = self.bench.snapshot(self.container.id, message="", look_only=True, meter=channel.meter)
+        if taken is None:
+            return found | {"changes": None, "size": None, "disk": None}
         before = sum(self.bench.store.layer_size(diff_id) for diff_id in head["layers"])
         size = taken.size if taken.changes else 0
         return found | {"changes": taken.changes, "size": size, "disk": before + size}
 
-    def do_dashboard(self, model: str) -> bool:
+    def do_dashboard(self, channel: Channel, model: str) -> bool:
         """Which widget shows the status."""
         if not re.fullmatch(r"[0-9a-f]{32}", model):
             raise InvalidInput("keep the ID of a widget", "it is none")
         self._dashboard = model
         return True
 
-    def do_snapshot(self, message: str = "", tag: str = "", author: str = "", dry_run: bool = False) -> dict[str, Any]:
+    def do_snapshot(
+        self, channel: Channel, message: str = "", tag: str = "", author: str = "", dry_run: bool = False
+    ) -> dict[str, Any]:
         """See ``history.snapshot.take``; a name that is another's is refused."""
         from workbench.jupyter import kernelspecs
 
         if tag:
             self._allow(tag)
-        taken = self.bench.snapshot(self.container.id, message=message, author=author, name=tag, look_only=dry_run)
+        with self._turn(channel, "snapshot"):
+            taken = self.bench.snapshot(
+                self.container.id, message=message, author=author, name=tag, look_only=dry_run, meter=channel.meter
+            )
         kernelspecs.offer(taken.ref, taken.image)
         if taken.image is not None and not dry_run:
             self._tell(IMAGE, name=taken.ref, image=taken.image.id, action="snapshot")
@@ -177,6 +188,39 @@ class GuestApi:
         kernelspecs.offer(name, made)
         self._tell(IMAGE, name=name, image=made.id, action="tagged")
         return f"{name} {made.id[7:19]}"
+
+    def do_export(
+        self, channel: Channel, image: str = "", along: dict[str, Any] | None = None
+    ) -> dict[str, Any]:  # fmt: skip
+        """The archive of one of its images, as a stream. along: notebooks, whose bytes follow: their sizes, by name."""
+        own, text = self._named(image)
+        sizes = along or {}
+        if any(type(size) is not int or size < 0 for size in sizes.values()) or sum(sizes.values()) > _NOTEBOOKS:
+            raise InvalidInput(f"export {text}", "the notebooks are too large to go along", "leave them out")
+        data = {name: channel.body(size) for name, size in sizes.items()}
+        for name in data:
+            _check_notebook(text, name, data[name])
+        with self._turn(channel, "export"), self.bench.store.staging() as staging:
+            for name in data:
+                (staging / name).write_bytes(data[name])
+            files = [str(staging / name) for name in data]
+            with self.bench.packed(text, along=files, meter=channel.meter, image=own) as path:
+                digest = channel.stream(path, name=text)
+        return {"name": text, "image": own, "sha256": digest}
+
+    def do_freeze(self, channel: Channel, image: str = "", build: bool = True) -> dict[str, Any]:
+        """The recipe of one of its images: texts, by file name. What is built for it gets no name."""
+        from workbench.jupyter import guest_freeze
+
+        own, text = self._named(image)
+        if build and self.container.state["spec"]["network"] == "none":
+            # Nothing inside may make the host ask for anything in its place.
+            raise Conflict(
+                f"freeze {text}", "a build fetches packages, and this container reaches nothing",
+                "%container freeze --no-build",
+            )  # fmt: skip
+        with self._turn(channel, "freeze"):
+            return guest_freeze.freeze(self.bench, channel, text, own, build=build, most=_RECIPE)
 
     def do_branch(self, name: str = "", image: str = "") -> list[dict[str, Any]]:
         """Its own names, the one that its snapshots move marked; before that a new one, if ``name`` says so."""
@@ -253,6 +297,12 @@ class GuestApi:
                 return found
         raise NotFound(f"find the image {text}", "it is none that this container stands on", "see %container log")
 
+    def _named(self, text: str) -> tuple[str, str]:
+        """As ``_own``, and how it is called: as the text says, by default as its last snapshot."""
+        own, head = self._own(text), self._head()
+        named = head["ref"] if not text and head["ref"] and self.bench.refs.find(head["ref"]) == own else ""
+        return own, text or named or own[7:19]
+
     def _own_revision(self, text: str) -> None:
         """As ``_own``; whatever begins with HEAD is its own."""
         if not text.startswith(("HEAD", "@")):
@@ -287,36 +337,22 @@ class GuestApi:
             raise Conflict(f"name an image {name}", "that name is another image's", "choose another name")
 
 
-def _line(channel: socket.socket) -> bytes:
-    """One line. Raises OSError when it does not arrive whole in time."""
-    data = b""
-    until = time.monotonic() + _TIMEOUT
-    while not data.endswith(b"\n"):
-        channel.settimeout(max(0.01, until - time.monotonic()))
-        piece = channel.recv(1 << 16)
-        if not piece:
-            raise ConnectionError("it has gone")
-        data += piece
-        if len(data) > _REQUEST:
-            return b""
-    return data
+class _Notebook(msgspec.Struct):
+    """What every notebook has (nbformat 4), as far as it is looked into."""
+
+    cells: msgspec.Raw
+    metadata: msgspec.Raw
+    nbformat: int
 
 
-def _checked(data: bytes) -> dict[str, Any]:
-    """A request of known keys. Raises InvalidInput."""
-    tried = "answer %container"
+def _check_notebook(text: str, name: str, data: bytes) -> None:
+    """Whether something from inside may go along with an image. Raises InvalidInput."""
+    from workbench.history import share
+
+    share.check_notebook(text, name)
     try:
-        request = json.loads(data)
-    except (ValueError, RecursionError):
-        raise InvalidInput(tried, "the request is no line of JSON, or too long") from None
-    if not isinstance(request, dict) or not isinstance(request.get("do"), str) or request["do"] not in _KNOWN:
-        raise InvalidInput(tried, "it asks for nothing that is known here")
-    known: Mapping[str, type] = _KNOWN[request["do"]]
-    for key, value in request.items():
-        if key != "do" and (key not in known or type(value) is not known[key]):
-            raise InvalidInput(tried, f"{key[:40]!r} is not understood")
-    if request["do"] == "tag" and not request.get("name"):
-        raise InvalidInput(tried, "no name is given")
-    if request.get("number", 0) < 0:
-        raise InvalidInput(tried, "a number is negative")
-    return request
+        found = msgspec.json.decode(data, type=_Notebook)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        found = None
+    if found is None or not bytes(found.cells).startswith(b"["):
+        raise InvalidInput(f"export {text}", f"{name} is no notebook", "save it and export again")
