@@ -188,6 +188,11 @@ def format_size(size: int) -> str:
     raise AssertionError("unreachable")
 
 
+def how_far(what: str, done: int, total: int) -> str:
+    """What a ``Meter`` is told, for people: ``writing: 3.0 MiB of 9.0 MiB``."""
+    return f"{what}: {format_size(done)} of {format_size(total)}" if total else what
+
+
 def count(number: int, what: str) -> str:
     """``3 wheels``."""
     return f"{number} {what}" + ("" if number == 1 else "s")

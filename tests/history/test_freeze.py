@@ -8,8 +8,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -286,6 +288,35 @@ def test_a_name_that_is_an_address_is_none(shell: Live, workbench: Workbench, tm
     shell.snapshot("x", name="freeze/shell")
     done = workbench.freeze("freeze/shell", str(tmp_path / "f"), build=False)
     assert done.python == ("b==1",) and [one.why for one in done.lost if one.kind == "folder"]
+
+
+def test_for_a_stranger_no_address_is_tried(shell: Live, workbench: Workbench, tmp_path: Path) -> None:
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/a-1-py3-none-any.whl"
+    info = "opt/venv/lib/python3.11/site-packages/a-1.dist-info"
+    files = {
+        f"{info}/METADATA": "Name: a\nVersion: 1\n", f"{info}/INSTALLER": "pip",
+        f"{info}/direct_url.json": json.dumps({"url": address, "archive_info": {}}),
+    }  # fmt: skip
+    userns.call("tests.history.inside:contents", shell.container.upper, files)
+    shell.snapshot("x", name="freeze/shell")
+    try:
+        done = workbench.freeze("freeze/shell", str(tmp_path / "f"), build=False, stranger=True)
+        assert done.python == () and [one.name for one in done.lost if one.kind == "url"] == ["a 1"] and asked == []
+        done = workbench.freeze("freeze/shell", str(tmp_path / "g"), build=False)
+        assert done.python == (f"a @ {address}",) and asked
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_refused(workbench: Workbench, image: str, tmp_path: Path) -> None:

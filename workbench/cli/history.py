@@ -23,10 +23,11 @@ _SHOWN = 20  # files that a person is shown before it is only counted
 def snapshot(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     """``snapshot CONTAINER -m MESSAGE``: exit code 1 when nothing has changed."""
     container = options.container or _the_only(bench)
-    taken = bench.snapshot(
-        container, message=options.message or "", author=options.author or "", name=options.tag or "",
-        look_only=options.dry_run,
-    )  # fmt: skip
+    with show.progress() as meter:
+        taken = bench.snapshot(
+            container, message=options.message or "", author=options.author or "", name=options.tag or "",
+            look_only=options.dry_run, meter=meter,
+        )  # fmt: skip
     if options.json:
         row = asdict(taken) | {"image": taken.image.id if taken.image else None}
         show.as_json(row)
@@ -156,7 +157,8 @@ def tag(bench: Workbench, options: Any, kernelspecs: Get) -> int:
 
 def export(bench: Workbench, options: Any, _: Get) -> int:
     """``export IMAGE -o FILE``."""
-    size = bench.export(options.image, options.output, form=options.compress, along=options.along)
+    with show.progress() as meter:
+        size = bench.export(options.image, options.output, form=options.compress, along=options.along, meter=meter)
     print(f"{options.output}  {format_size(size)}")
     return 0
 

@@ -10,14 +10,18 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from workbench.model import printable
+from workbench.model import Meter, how_far, printable
 
 #: A column is cut no narrower than this to fit a terminal.
 NARROWEST = 12
+#: Seconds of work without a word, and from one word of progress to the next.
+QUIET, BETWEEN = 0.5, 0.1
 
 
 def as_json(value: Any) -> None:
@@ -30,6 +34,27 @@ def say(*lines: str) -> None:
     """Lines on stdout; what in one would end it, or act on a terminal, is made visible."""
     for line in lines:
         print(printable(line))
+
+
+@contextmanager
+def progress() -> Iterator[Meter | None]:
+    """For what may take long: a line on the terminal that is written over, and gone afterwards; without one nothing."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    following, shown = time.monotonic() + QUIET, False
+
+    def meter(what: str, done: int, total: int) -> None:
+        nonlocal following, shown
+        if (now := time.monotonic()) >= following:
+            following, shown = now + BETWEEN, True
+            print(f"\r\033[K{how_far(what, done, total)}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield meter
+    finally:
+        if shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def age(moment: str | float, now: datetime | None = None) -> str:

@@ -35,6 +35,7 @@ NAME = "api"
 #: Bytes of the notebooks that go along with an archive, and of a recipe.
 _NOTEBOOKS, _RECIPE = 16 << 20, 8 << 20
 _PATIENCE = 5.0  # seconds until the one before has ended that was interrupted
+_IMPATIENCE = 2.0  # seconds that a look waits for a snapshot
 _PATHS = 1000
 
 _KNOWN: dict[str, dict[str, type]] = {
@@ -47,7 +48,7 @@ _KNOWN: dict[str, dict[str, type]] = {
     "again": {"reply": dict}, "hello": {},
 }  # fmt: skip
 #: What may take long: it gets the channel, says how far it is, and ends when nobody waits for it any more.
-_LONG = ("status", "snapshot", "export", "freeze")
+_LONG = ("snapshot", "export", "freeze")
 
 
 #: Puts another environment in the place of a container's. Raises Conflict while it runs, and the other named errors.
@@ -115,7 +116,7 @@ class GuestApi:
 
     # What can be asked
 
-    def do_status(self, channel: Channel, brief: bool = False) -> dict[str, Any]:
+    def do_status(self, brief: bool = False) -> dict[str, Any]:
         """This container: its image, what it uses, and, unless ``brief``, what changed since its last snapshot."""
         head = self._head()
         known = self.container.state
@@ -127,16 +128,17 @@ class GuestApi:
         }  # fmt: skip
         if brief:
             return found
-        taken = None
-        with suppress(Conflict), self._turn(channel, "snapshot"):  # one that takes long: there is no telling yet
-            taken = self.bench.snapshot(self.container.id, message="", look_only=True, meter=channel.meter)
-        if taken is None:
+        turn = self._turns["snapshot"]
+        if not turn.acquire(timeout=_IMPATIENCE):  # there is no telling yet
             return found | {"changes": None, "size": None, "disk": None}
+        try:
+            changes, size = self.bench.changed(self.container.id)
+        finally:
+            turn.release()
         before = sum(self.bench.store.layer_size(diff_id) for diff_id in head["layers"])
-        size = taken.size if taken.changes else 0
-        return found | {"changes": taken.changes, "size": size, "disk": before + size}
+        return found | {"changes": changes, "size": size, "disk": before + size}
 
-    def do_dashboard(self, channel: Channel, model: str) -> bool:
+    def do_dashboard(self, model: str) -> bool:
         """Which widget shows the status."""
         if not re.fullmatch(r"[0-9a-f]{32}", model):
             raise InvalidInput("keep the ID of a widget", "it is none")

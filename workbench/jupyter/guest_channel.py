@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.linux.sockets import bind_private
-from workbench.model import Interrupted, InvalidInput, format_size
+from workbench.model import Interrupted, InvalidInput, how_far
 
 _REQUEST = 128 << 10  # bytes of a line
 _TIMEOUT = 10.0  # seconds for a request to arrive, and for an answer, or a megabyte of it, to be taken
@@ -56,7 +56,7 @@ class Channel:
 
     def meter(self, what: str, done: int, total: int) -> None:
         """A ``model.Meter``. Raises Interrupted."""
-        self.say(f"{what}: {format_size(done)} of {format_size(total)}" if total else what)
+        self.say(how_far(what, done, total))
 
     def say(self, text: str) -> None:
         """A word of progress, if the last one is some time ago. Raises Interrupted."""
