@@ -69,6 +69,18 @@ class HistoryFace:
             look_only=look_only, force=force, meter=meter,
         )  # fmt: skip
 
+    def changed(self, text: str) -> tuple[int, int]:
+        """How many files and folders of a container no snapshot has, and their bytes; it goes on meanwhile."""
+        from workbench.history import snapshot
+
+        container = self.container(text)
+        try:
+            found = snapshot.look(self.store, container)
+        except OSError:  # files come and go: it stands still for a moment after all
+            taken = snapshot.take(self.store, self.refs, container, message="", look_only=True)
+            return taken.changes, taken.size
+        return found["changes"], found["size"]
+
     def unsaved(self, text: str) -> Unsaved:
         """What of a container no snapshot holds."""
         from workbench.history import worktree

@@ -88,14 +88,41 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 SEEDS = int(os.environ.get("WORKBENCH_TEST_SEEDS", "2"))
 
 
+CHURN = """
+import os, shutil
+while True:
+    os.makedirs("/opt/a/b/c")
+    for number in range(50):
+        open(f"/opt/a/b/c/{number}", "w").close()
+    shutil.rmtree("/opt/a")
+"""
+
+
+def test_a_look_writes_nothing_and_bears_files_that_go(workbench: Workbench, image: str, home: Path) -> None:
+    live = Live(workbench, image, ("/usr/bin/python3", "-ISc", CHURN))
+    try:
+        looks = [workbench.changed(live.container.id)[0] for _ in range(300)]
+        assert all(0 <= changes <= 53 for changes in looks), looks
+        live.container.kill()
+        live.container.exited.result(timeout=20)
+        userns.call("tests.history.inside:contents", live.container.upper, {"opt/large": "x" * (1 << 20)})
+        before = (home / "tmp").stat().st_mtime_ns
+        assert workbench.changed(live.container.id)[1] >= 1 << 20
+        assert (home / "tmp").stat().st_mtime_ns == before, "no tar is staged"
+    finally:
+        live.close()
+
+
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_what_is_launched_is_what_was_there(live: Live, workbench: Workbench, seed: int) -> None:
     """Three snapshots in a row, with all kinds of changes in between, each launched."""
     for number in range(3):
         assert live.ask(do="mutate", seed=seed * 10 + number, rounds=120) > 40
         before = live.ask(do="list")
+        looked, size = workbench.changed(live.container.id)
         taken = live.snapshot(name="made", look_only=False)
         assert taken.image is not None
+        assert looked == taken.changes and size < taken.size, "a look tells as much as the snapshot takes"
         assert difference(live.ask(do="list"), before) == []
         assert difference(listed(workbench, taken.image), before) == []
         wanted = {tuple(sorted(names)) for names in userns.call("tests.history.inside:links", live.container.upper)}
@@ -104,6 +131,7 @@ def test_what_is_launched_is_what_was_there(live: Live, workbench: Workbench, se
         assert {names for names in links if concerned & set(names)} == wanted
         again = live.snapshot()
         assert again.image is None and again.changes == 0, again.paths
+        assert workbench.changed(live.container.id) == (0, 0)
     assert workbench.check() == []
     assert [entry.id for entry in workbench.history("made")][:3] == [
         workbench.image(text).id for text in ("made", "made~1", "made~2")

@@ -51,7 +51,7 @@ def test_it_goes_on_and_starts_anew(server: Server, cli) -> None:
     other = Session(server, "other.ipynb")  # what one notebook did is not another's
     assert other.run(READ).error == "FileNotFoundError"
     other.close()
-    again.run_into_restart("%container reset --hard")
+    assert "now in" in again.run("%container reset --hard").stdout
     assert again.run(READ).error == "FileNotFoundError"
     again.close()
     assert json.loads(cli("ps", "--all", "--json").out) == []

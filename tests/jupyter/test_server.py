@@ -42,24 +42,6 @@ class Session:
         self.socket.close()
         self.connect()
 
-    def run_into_restart(self, code: str) -> None:
-        """Execute what starts the kernel anew, wait for that, and reconnect."""
-
-        def started() -> set[str]:
-            rows = self.server.request("/workbench/api/containers")[1]["containers"]
-            return {row["pid"] for row in rows if row["labels"].get("kernel") == self.kernel}
-
-        before = started()
-        self.execute(code)
-        for message in self.messages():
-            if message["content"].get("execution_state") == "restarting":
-                break
-        until = time.monotonic() + 30
-        while not started() or started() == before or "Kernel restarted" not in self.server.log.read_text():
-            assert time.monotonic() < until
-            time.sleep(0.05)
-        self.reconnect()
-
     def send(self, kind: str, content: dict[str, Any], channel: str = "shell", cell: str = "") -> str:
         """Send a request, for a cell with an id as JupyterLab does; its id."""
         request = uuid.uuid4().hex

@@ -291,7 +291,7 @@ def revive(model: str) -> None:
     if getattr(channel, "kernel", True) is None:  # which ipykernel's opening sets
         from IPython import get_ipython
 
-        channel.kernel = get_ipython().kernel
+        channel.kernel = get_ipython().kernel  # type: ignore[attr-defined]
     _shown = Dashboard(comm=channel)
     _shown.start()
     for seconds in _LATER:

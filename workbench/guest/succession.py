@@ -62,7 +62,7 @@ def _answer(kernel: Any, reply: dict[str, Any], notice: str) -> None:
 
 def _answer_for_subshells(kernel: Any) -> None:
     """The main subshell takes what widgets send to others, of whose end JupyterLab has not heard."""
-    manager = getattr(getattr(kernel, "shell_channel_thread", None), "manager", None)
+    manager: Any = getattr(getattr(kernel, "shell_channel_thread", None), "manager", None)
     if not hasattr(manager, "list_subshell"):
         return
     find = manager.get_shell_channel_to_subshell_socket

@@ -104,6 +104,18 @@ def progress(out: str) -> tuple[int, int]:
     return min(max(written, default=0), bulk), bulk
 
 
+def look(upper: str, lowers: list[str], index: str, *rest: Any) -> dict[str, int]:
+    """What ``capture`` of the same arguments would find, while the container goes on and without a word written.
+
+    rest: rules and tars, as there. Returns ``changes`` and ``size`` (bytes of the files). What changes meanwhile is
+    counted or not. Raises OSError where files go while they are looked at.
+    """
+    rules, tars = rest
+    work = _Capture(upper, lowers, rules, _load(index), tars)
+    work.look()
+    return {"changes": len(work.changed), "size": work.bulk()}
+
+
 def _written(work: _Capture, out: str, ahead: Ahead | None) -> Sink | Assembly:
     with clear_errors("write a snapshot", out):
         sink = Assembly(ahead, out) if ahead else Sink(out)

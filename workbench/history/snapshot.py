@@ -117,14 +117,34 @@ def _check_forward(store: Store, refs: Refs, ref: str, image: Image) -> None:
         )  # fmt: skip
 
 
+def look(store: Store, container: Container) -> dict[str, int]:
+    """How much a snapshot would take: ``changes`` (files and folders) and ``size`` (bytes of the files).
+
+    Nothing stands still and nothing is written, so that it may be asked every few seconds. Raises OSError where
+    files go while they are looked at, NotFound when the container goes.
+    """
+    with alone(container):
+        known, head = container.state, state.load_head(container.folder)
+        old, tars = _before(store, container, head)
+        found: dict[str, int] = userns.call(
+            "workbench.history.capture:look", container.upper, list(known["spec"]["layers"]), old, list(RULES), tars
+        )
+    return found
+
+
+def _before(store: Store, container: Container, head: dict[str, Any]) -> tuple[str, list[str]]:
+    """The index of the last snapshot, or "", and the tars of all of them."""
+    index = os.path.join(state.tree(container.folder), head["index"]) if head["index"] else ""
+    return index, [store.tar(diff_id) or "" for diff_id in head["layers"]]
+
+
 def _captured(
     store: Store, container: Container, known: dict[str, Any], head: dict[str, Any], out: str, index: str,
     meter: Meter | None,
 ) -> dict[str, Any]:  # fmt: skip
     """See ``capture.capture``; a container that does not run is kept from being started meanwhile."""
     running = known["status"] == "running"
-    old = os.path.join(state.tree(container.folder), head["index"]) if head["index"] else ""
-    tars = [store.tar(diff_id) or "" for diff_id in head["layers"]]
+    old, tars = _before(store, container, head)
     with pause.guard(container.id, known["pid"]) if running else _kept_still(container) as guard:
         found: dict[str, Any] = userns.call(
             "workbench.history.capture:capture", container.upper, list(known["spec"]["layers"]), out, old, index,
