@@ -267,11 +267,11 @@ class _Capture:
 
     # Then it is written
 
-    def bulk(self, out: str) -> int:
-        """Bytes of the files that are wanted; much is told beside ``out``, for ``progress``."""
+    def bulk(self, out: str = "") -> int:
+        """Bytes of the files that are wanted; much is told beside ``out``, if that is given, for ``progress``."""
         looks = (self.now[path] for path in self.wanted if path in self.now)
         bulk = sum(look[_SIZE] for look in looks if stat.S_ISREG(look[_MODE]))
-        if bulk > _MUCH:
+        if out and bulk > _MUCH:
             with open(f"{out}.bulk", "w") as file:
                 file.write(str(bulk))
         return bulk
