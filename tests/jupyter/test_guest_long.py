@@ -139,7 +139,7 @@ def test_a_large_snapshot(start: Start, home: Path, cli: Any) -> None:
         client, "thread = threading.Thread(target=soon, args=({'do': 'snapshot', 'message': 'Again'},)); thread.start()"
     )
     began = time.monotonic()
-    assert "limit of processes" in run(client, "%container status").stdout and time.monotonic() - began < 12
+    assert "limit of processes" in run(client, "%container status").text and time.monotonic() - began < 12
     run(client, "thread.join()")
 
 
@@ -298,7 +298,7 @@ def test_who_does_not_read_or_write_keeps_nobody_waiting(start: Start, home: Pat
     assert max(seconds for seconds, _ in answers[:3]) < 3 and answers[3][0] < 10, answers
     run(client, "for s in idle + begun + deaf + many: s.close()")
     settled(home, before)
-    assert "image" in run(client, "%container status").stdout
+    assert "image" in run(client, "%container status").text
 
 
 def test_a_reader_that_stops_is_dropped(start: Start, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
