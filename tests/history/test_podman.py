@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import BASE
 from tests.history.test_snapshot import DRIVER, Live, difference, listed
 from workbench.workbench import Workbench
 
@@ -18,14 +20,15 @@ OURS = {"/etc/hosts", "/etc/hostname", "/etc/resolv.conf"}
 
 
 @pytest.fixture
-def podman(tmp_path: Path) -> Iterator[list[str]]:
-    """Its command line, over a store of its own."""
-    place = tmp_path / "podman"
+def podman() -> Iterator[list[str]]:
+    """Its command line, over a store of its own, of whose run folder the path may have 50 characters."""
+    place = BASE / "podman"
     yield ["podman", "--root", f"{place}/root", "--runroot", f"{place}/run", "--tmpdir", f"{place}/tmp",
            "--storage-driver", "overlay", "--events-backend", "none"]  # fmt: skip
     mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     for path in sorted((path for path in mounted if path.startswith(f"{place}/")), reverse=True):
         subprocess.run(["umount", path], check=True)
+    shutil.rmtree(place)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="an image's tree is mounted")
