@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
+import queue
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,44 @@ def test_a_notebook_keeps_what_it_installed(server: Server) -> None:
     assert "guest/plots" in other.run("%container status").text
     listed = other.run("import os; [name for name in os.listdir('/run/workbench/host')]").text
     assert "guest" in listed
+
+
+WATCHERS = "import threading; print([each.name for each in threading.enumerate() if 'dashboard' in each.name])"
+
+
+def test_the_dashboard_is_kept_up_as_long_as_it_is_seen(start: Start) -> None:
+    """Whatever draws no widgets has the lines, and nothing runs on; a front end says how many views there are."""
+    _, client = start()
+    shown = run(client, "%container status")
+    assert "application/vnd.jupyter.widget-view+json" in shown.data[-1]
+    assert shown.text.startswith("image  ") and "\nlimit of processes" in shown.text and not shown.stdout
+    assert run(client, WATCHERS).stdout == "[]\n"
+    opened = [message["content"] for message in shown.messages if message["header"]["msg_type"] == "comm_open"]
+    figures = next(each["comm_id"] for each in opened if each["data"]["state"].get("_view_count") == 0)
+
+    def say(views: int) -> None:
+        data = {"method": "update", "state": {"_view_count": views}, "buffer_paths": []}
+        client.shell_channel.send(client.session.msg("comm_msg", {"comm_id": figures, "data": data}))
+
+    say(1)
+    sent, until = [], time.monotonic() + 5
+    while time.monotonic() < until:
+        with contextlib.suppress(queue.Empty):
+            message = client.get_iopub_msg(timeout=0.1)
+            if message["header"]["msg_type"] == "comm_msg" and message["content"]["comm_id"] == figures:
+                sent.append(message["content"]["data"]["state"].get("value", ""))
+    assert len(list(filter(None, sent))) in (2, 3, 4) and all("memory" in each for each in sent if each), sent
+    assert run(client, WATCHERS).stdout == "['workbench-dashboard']\n"
+    say(0)
+    time.sleep(4)
+    assert run(client, WATCHERS).stdout == "[]\n"
+
+
+def test_the_status_without_widgets(start: Start) -> None:
+    _, client = start()
+    run(client, "import shutil; shutil.rmtree('/opt/venv/lib/python3.11/site-packages/ipywidgets')")
+    shown = run(client, "%container status")
+    assert shown.stdout.startswith("image  ") and "\nlimit of processes" in shown.stdout and not shown.data
 
 
 def test_the_life_of_a_kernel_and_its_snapshot_is_told(server: Server) -> None:

@@ -1,8 +1,8 @@
 """``%container status`` where ipywidgets is there: the same figures, live, and a button that takes a snapshot.
 
-A kernel that checks another environment out is followed by one that has a box of the same ID ready, with new widgets in
-it: a front end, which hears of no restart then, shows those from then on. One that has restarted the kernel itself
-takes all its widgets for disconnected; then a line says what to do.
+The next kernel has a box of the same ID ready, with new widgets in it. After a checkout, of which a front end hears
+nothing, the box is told of them; one that has restarted the kernel itself asks the new one for all its widgets, and
+takes over the state of those that it shows (``_loadFromKernel`` of @jupyter-widgets/base-manager).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from .api import Refused, ask
 Status = Dict[str, Any]
 
 _OFTEN = 2.0  # seconds between two looks at what costs nothing
-_SELDOM = 5  # of them to one at the files that were changed
+_SELDOM = 10.0  # between two at the files that were changed,
+_SHARE = 50  # or so many times what the last one took
 #: Seconds after which a front end that has not noticed another kernel listens to it.
 _LATER = (1.5, 4.0)
 
@@ -41,8 +42,14 @@ _STYLE = """<style>
 .wb-dashboard .wb-bar i { background: var(--jp-brand-color1, #1976d2); border-radius: 2px; display: block;
   height: 6px; }
 .wb-dashboard .wb-said { font-size: var(--jp-ui-font-size1, 13px); min-height: 1.6em; }
+.wb-dashboard .wb-stale { animation: wb-stale 0s 30s forwards; height: 0; overflow: hidden; visibility: hidden; }
+@keyframes wb-stale { to { height: auto; visibility: visible; } }
 .wb-dashboard .wb-refused { color: var(--jp-error-color1, #c62828); }
 </style>"""
+
+
+#: What a style sheet shows when nothing new has come, whatever the reason: no code may be left to say so.
+_STALE = "<div class='wb-stale'>No news for half a minute. Where this stays, run <code>%container status</code>.</div>"
 
 
 class Network:
@@ -69,7 +76,8 @@ class Face:
 
     def __init__(self, owner: Dashboard) -> None:
         wide = ipywidgets.Layout(flex="1 1 auto", width="auto", min_width="12em")
-        self.figures = ipywidgets.HTML()
+        self.figures = ipywidgets.HTML(_view_count=0)  # so that a front end says how often it is seen
+        self.figures.observe(owner.seen, "_view_count")
         self.message = ipywidgets.Text(
             placeholder="What changed?", layout=wide, tooltip="message of the snapshot",
         )  # fmt: skip
@@ -83,20 +91,18 @@ class Face:
         self.said = ipywidgets.HTML()
         self.button.on_click(lambda _: owner.snapshot(self))
         row = ipywidgets.HBox([self.message, self.name, self.button])
-        self.widgets = [self.figures, row, self.said]
-        self.set_free()
-
-    def set_free(self) -> None:
-        """Let a front end say which subshell is to hear of a click.
-
-        From 7.4 on, ipykernel tells it to the one that a widget was last changed in, which is busy while a cell runs.
-        """
-        for widget in (self.message, self.name, self.button):
-            vars(widget.comm).pop("_reply_subshell_id", None)
+        style = ipywidgets.HTML(_STYLE, layout=ipywidgets.Layout(display="none"))
+        self.widgets = [style, self.figures, row, self.said]
+        for widget in (self.figures, self.message, self.name, self.button):
+            # A front end may name a subshell of the kernel before, and ipykernel one that is busy.
+            vars(widget.comm)["_reply_subshell_for"] = lambda _data, _named: owner.subshell or None
 
 
 class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
     """A box whose widgets are another kernel's after a restart."""
+
+    #: Where clicks are heard of, also while a cell runs, one for all; "" where cells run.
+    subshell = ""
 
     def __init__(self, status: Status | None = None, **options: Any) -> None:
         super().__init__(**options)
@@ -106,6 +112,9 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
         self._usage: list[float] | None = None
         self._busy = threading.Lock()
         self._end = threading.Event()
+        self._lock = threading.Lock()
+        self._watched, self._number = False, 0
+        self._due = 0.0 if status is None else time.monotonic() + _SELDOM
         self._network = Network()
         self.renew()
 
@@ -124,8 +133,27 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
 
     # What it shows
 
-    def start(self) -> None:
-        """Look again and again, until ``stop``."""
+    def listen(self) -> None:
+        """Have a subshell of its own, in a kernel that can: a front end may have none."""
+        from IPython import get_ipython
+
+        kernel = getattr(get_ipython(), "kernel", None)
+        thread = getattr(kernel, "shell_channel_thread", None)  # ipykernel 7
+        if thread is None or not getattr(kernel, "_supports_kernel_subshells", False) or Dashboard.subshell:
+            return
+        manager = thread.manager
+
+        def make() -> None:
+            Dashboard.subshell = manager._create_subshell()
+
+        thread.io_loop.add_callback(make)
+
+    def seen(self, _change: Any = None) -> None:
+        """A front end has drawn it or taken it away: look as long as it is drawn somewhere."""
+        with self._lock:
+            if self._watched or not self._is_seen():
+                return
+            self._watched = True
         threading.Thread(target=self._watch, name="workbench-dashboard", daemon=True).start()
 
     def stop(self, why: str = "") -> None:
@@ -134,16 +162,27 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
         if why:
             self._say(why)
 
+    def _is_seen(self) -> bool:
+        return not self._end.is_set() and any(face.figures._view_count for face in self._faces)
+
     def _watch(self) -> None:
-        number = 0 if not self._status else 1
-        while not self._end.wait(_OFTEN if number else 0):
+        while True:
+            with self._lock:
+                if not self._is_seen():
+                    self._watched = False
+                    return
+            began = time.monotonic()
+            brief = began < self._due
             try:
-                self.look(brief=number % _SELDOM != 0)
+                self.look(brief)
             except Refused:
-                pass  # the launcher is busy, or gone: what is shown stays
+                pass  # the launcher is busy, or gone: what is shown stays, and grows stale
             except Exception:  # the kernel ends
                 return
-            number += 1
+            now = time.monotonic()
+            if not brief:
+                self._due = now + max(_SELDOM, _SHARE * (now - began))
+            self._end.wait(_OFTEN)
 
     def look(self, brief: bool) -> None:
         """Ask once. brief: not for what was changed."""
@@ -151,6 +190,8 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
         if brief:
             known = ("changes", "size", "disk") if found["head"] == self._status.get("head") else ()
             found.update({key: self._status.get(key) for key in known})
+            if not known:
+                self._due = 0.0
         self._status = found
         drawn = self._drawn()
         for face in self._faces:
@@ -159,7 +200,7 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
     def _drawn(self) -> str:
         status = self._status
         if not status:
-            return _STYLE + "<table><tr><th>image</th><td>…</td></tr></table>"
+            return "<table><tr><th>image</th><td>…</td></tr></table>" + _STALE
         limits = status["limits"]
         rows = [
             ("image", _named(status["image"], status["image_id"])),
@@ -177,7 +218,8 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
             rows.append(("disk", _of_all(tables.size(status["disk"]), "written in this container")))
         rows.append(("network", self._over_network(status["network"])))
         cells = "".join(f"<tr><th scope='row'>{name}</th><td>{value}</td></tr>" for name, value in rows)
-        return f"{_STYLE}<table aria-label='this container'>{cells}</table>"
+        self._number += 1  # so that each is another, which begins to grow stale
+        return f"<table aria-label='this container' data-number='{self._number}'>{cells}</table>{_STALE}"
 
     def _processor(self, seconds: float, most: float | None) -> str:
         now, before = time.monotonic(), self._usage
@@ -218,7 +260,6 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
                 ))  # fmt: skip
                 for face in self._faces:
                     face.message.value = face.name.value = ""
-                    face.set_free()
             else:
                 self._say("nothing has changed since the last snapshot")
             self.look(brief=False)
@@ -231,7 +272,6 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
     def _enable(self, on: bool) -> None:
         for face in self._faces:
             face.button.disabled = not on
-            face.set_free()
 
     def _say(self, text: str, refused: bool = False) -> None:
         kind = "wb-said wb-refused" if refused else "wb-said"
@@ -274,7 +314,7 @@ def show(status: Status) -> Dashboard:
     if _shown is not None:
         _shown.stop("a later cell shows how it goes on")
     _shown = Dashboard(status)
-    _shown.start()
+    _shown.listen()
     ask({"do": "dashboard", "model": _shown.model_id})
     return _shown
 
@@ -286,13 +326,15 @@ def revive(model: str) -> None:
     from tornado.ioloop import IOLoop
 
     # Not opened: that would put another box into the place of the one that is seen.
-    channel = create_comm(comm_id=model, primary=False, target_name="jupyter.widget")
+    channel: Any = create_comm(comm_id=model, primary=False, target_name="jupyter.widget")
     get_comm_manager().register_comm(channel)
     if getattr(channel, "kernel", True) is None:  # which ipykernel's opening sets
         from IPython import get_ipython
 
-        channel.kernel = get_ipython().kernel  # type: ignore[attr-defined]
+        channel.kernel = get_ipython().kernel
     _shown = Dashboard(comm=channel)
-    _shown.start()
+    # What a box has by default is made when it is first asked for: while a front end is told of all widgets, too late.
+    _shown.get_state()
+    IOLoop.current().add_callback(_shown.listen)  # once the kernel has begun
     for seconds in _LATER:
         IOLoop.current().call_later(seconds, _shown.renew)
