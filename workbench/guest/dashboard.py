@@ -17,6 +17,9 @@ import ipywidgets
 from . import tables
 from .api import Refused, ask
 
+if int(ipywidgets.__version__.split(".")[0]) < 8:
+    raise ImportError("the widgets of another kernel cannot be taken over before ipywidgets 8")
+
 Status = Dict[str, Any]
 
 _OFTEN = 2.0  # seconds between two looks at what costs nothing
