@@ -234,7 +234,7 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
         return _of_all(f"{used * 100:.0f} %", of)
 
     def _over_network(self, kind: str) -> str:
-        total = self._network.total() if kind != "none" else None
+        total = self._network.total() if kind not in ("none", "host") else None  # the host's are not its own
         if total is None:
             return html.escape(kind)
         received, sent = map(tables.size, total)
