@@ -257,8 +257,8 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
                 request["tag"] = name.strip()
             taken = ask(request)
             if taken["image"]:
-                self._say("{} {}: {} changes, {}; paused for {:.0f} ms".format(
-                    taken["ref"], taken["image"][7:19], taken["changes"], tables.size(taken["size"]),
+                self._say("{} {}: {}, {}; paused for {:.0f} ms".format(
+                    taken["ref"], taken["image"][7:19], _count(taken["changes"]), tables.size(taken["size"]),
                     taken["paused"] * 1e3,
                 ))  # fmt: skip
                 for face in self._faces:
@@ -286,12 +286,19 @@ def _named(name: str, image: str) -> str:
     return f"{html.escape(name)} <code class='wb-of'>{html.escape(image[7:19])}</code>"
 
 
+def _count(changes: int) -> str:
+    return "1 change" if changes == 1 else f"{changes} changes"
+
+
 def _changed(status: Status) -> str:
     if status.get("changes") is None:
         return "…"
     if not status["changes"]:
         return "nothing"
-    return _of_all(tables.size(status["size"]), "{} files and folders".format(status["changes"]))
+    return _of_all(
+        tables.size(status["size"]),
+        "1 file" if status["changes"] == 1 else "{} files and folders".format(status["changes"]),
+    )
 
 
 def _of_all(value: str, of: str) -> str:
