@@ -10,6 +10,7 @@ import queue
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,34 @@ def test_the_dashboard_is_kept_up_as_long_as_it_is_seen(start: Start) -> None:
     say(0)
     time.sleep(4)
     assert run(client, WATCHERS).stdout == "[]\n"
+
+
+def test_a_dashboard_that_nobody_hears_leaves_its_kernel_idle(server: Server) -> None:
+    """A tab that is closed tells nothing of its views; a server ends kernels that were idle for long."""
+    notebook = Session(server)
+    shown = notebook.run("%container status")
+    opened = [message["content"] for message in shown.messages if message["header"]["msg_type"] == "comm_open"]
+    figures = next(each["comm_id"] for each in opened if each["data"]["state"].get("_view_count") == 0)
+    data = {"method": "update", "state": {"_view_count": 1}, "buffer_paths": []}
+    notebook.send("comm_msg", {"comm_id": figures, "data": data})
+
+    def drawn() -> Iterator[str]:
+        for message in notebook.messages(timeout=30):
+            if message["content"].get("comm_id") == figures and "value" in message["content"]["data"]["state"]:
+                yield message["content"]["data"]["state"]["value"]
+
+    def active() -> str:
+        return str(server.request(f"/api/kernels/{notebook.kernel}")[1]["last_activity"])
+
+    assert "memory" in next(drawn())
+    notebook.socket.close()
+    time.sleep(4)
+    before = active()
+    time.sleep(13)
+    assert active() == before
+    notebook.connect()
+    assert "image" in next(drawn()), "it goes on for who comes back"
+    notebook.close()
 
 
 def test_the_status_without_widgets(start: Start) -> None:

@@ -93,12 +93,18 @@ class Face:
         )  # fmt: skip
         self.said = ipywidgets.HTML()
         self.button.on_click(lambda _: owner.snapshot(self))
+        for field in (self.message, self.name):
+            field.on_msg(lambda _, content, __: self._on_message(owner, content))
         row = ipywidgets.HBox([self.message, self.name, self.button])
         style = ipywidgets.HTML(_STYLE, layout=ipywidgets.Layout(display="none"))
         self.widgets = [style, self.figures, row, self.said]
         for widget in (self.figures, self.message, self.name, self.button):
             # A front end may name a subshell of the kernel before, and ipykernel one that is busy.
             vars(widget.comm)["_reply_subshell_for"] = lambda _data, _named: owner.subshell or None
+
+    def _on_message(self, owner: Dashboard, content: dict[str, Any]) -> None:
+        if content.get("event") == "submit":  # the Enter key
+            owner.snapshot(self)
 
 
 class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
@@ -113,6 +119,8 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
         self._faces: list[Face] = []
         self._status: Status = status or {}
         self._usage: list[float] | None = None
+        self._used: float | None = None
+        self._looking = threading.Lock()
         self._busy = threading.Lock()
         self._end = threading.Event()
         self._lock = threading.Lock()
@@ -127,6 +135,11 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
         self._faces.append(face)
         face.figures.value = self._drawn()
         self.children = tuple(face.widgets)
+
+    def renew_unseen(self) -> None:
+        """The same, unless a front end shows those that there are: what is being typed would be lost."""
+        if not self._is_seen():
+            self.renew()
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         bundle = super()._repr_mimebundle_(**options)
@@ -185,20 +198,24 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
             now = time.monotonic()
             if not brief:
                 self._due = now + max(_SELDOM, _SHARE * (now - began))
-            self._end.wait(_OFTEN)
+            self._end.wait(_OFTEN if self._status.get("watchers") != 0 else _SELDOM)
 
     def look(self, brief: bool) -> None:
         """Ask once. brief: not for what was changed."""
-        found = ask({"do": "status", "brief": brief})
-        if brief:
-            known = ("changes", "size", "disk") if found["head"] == self._status.get("head") else ()
-            found.update({key: self._status.get(key) for key in known})
-            if not known:
-                self._due = 0.0
-        self._status = found
-        drawn = self._drawn()
-        for face in self._faces:
-            face.figures.value = drawn
+        with self._looking:
+            found = ask({"do": "status", "brief": brief})
+            if brief:
+                known = ("changes", "size", "disk") if found["head"] == self._status.get("head") else ()
+                found.update({key: self._status.get(key) for key in known})
+                if not known:
+                    self._due = 0.0
+            self._status = found
+            self._measure(found.get("usage"))
+            if found["watchers"] == 0:  # what nobody hears would make the kernel look active to who ends idle ones
+                return
+            drawn = self._drawn()
+            for face in self._faces:
+                face.figures.value = drawn
 
     def _drawn(self) -> str:
         status = self._status
@@ -224,14 +241,18 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
         self._number += 1  # so that each is another, which begins to grow stale
         return f"<table aria-label='this container' data-number='{self._number}'>{cells}</table>{_STALE}"
 
-    def _processor(self, seconds: float, most: float | None) -> str:
+    def _measure(self, usage: dict[str, Any] | None) -> None:
         now, before = time.monotonic(), self._usage
-        self._usage = [now, seconds]
-        if before is None or now <= before[0]:
+        if usage and (before is None or now - before[0] > _OFTEN / 2):  # a shorter time would tell by chance
+            self._usage = [now, usage["cpu"]]
+            if before is not None:
+                self._used = max(0.0, (usage["cpu"] - before[1]) / (now - before[0]))
+
+    def _processor(self, seconds: float, most: float | None) -> str:
+        if self._used is None:
             return html.escape(f"{seconds:.1f} s so far")
-        used = max(0.0, (seconds - before[1]) / (now - before[0]))
         of = f"{seconds:.1f} s so far" if most is None else f"of {most * 100:.0f} %, {seconds:.1f} s so far"
-        return _of_all(f"{used * 100:.0f} %", of)
+        return _of_all(f"{self._used * 100:.0f} %", of)
 
     def _over_network(self, kind: str) -> str:
         total = self._network.total() if kind not in ("none", "host") else None  # the host's are not its own
@@ -347,4 +368,4 @@ def revive(model: str) -> None:
     _shown.get_state()
     IOLoop.current().add_callback(_shown.listen)  # once the kernel has begun
     for seconds in _LATER:
-        IOLoop.current().call_later(seconds, _shown.renew)
+        IOLoop.current().call_later(seconds, _shown.renew_unseen)

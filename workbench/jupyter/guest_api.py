@@ -59,9 +59,14 @@ class GuestApi:
     """Serves one container from ``start`` to ``close``, through restarts of its kernel."""
 
     def __init__(
-        self, bench: Workbench, container: Container, restart: Callable[[Callable[[], None]], None], tell: Tell = nobody
-    ) -> None:
-        """restart: ends the kernel, calls what it is given and starts it anew; returns at once."""
+        self, bench: Workbench, container: Container, restart: Callable[[Callable[[], None]], None],
+        tell: Tell = nobody, watchers: Callable[[], int | None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """restart: ends the kernel, calls what it is given and starts it anew; returns at once.
+
+        watchers: how many front ends listen to the kernel; None where that is not known.
+        """
+        self._watchers = watchers
         self.bench, self.container, self._restart, self._tell = bench, container, restart, tell
         self._wish: Wish | None = None
         #: What the next kernel is to say first, and the request that it answers for the one before.
@@ -125,6 +130,7 @@ class GuestApi:
             "id": self.container.id, "image": str(known["labels"].get("image", "")), "image_id": known["image"],
             "head": head["image"], "ref": head["ref"], "network": known["spec"]["network"],
             "limits": known["spec"]["limits"], "usage": asdict(usage) if usage else None,
+            "watchers": self._watchers(),
         }  # fmt: skip
         if brief:
             return found

@@ -182,7 +182,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         )
         self._has_run = again is not None
         self._tell_event = events.teller(self.parent)
-        self._guest = GuestApi(bench, container, self._start_again, self._tell_event)
+        self._guest = GuestApi(bench, container, self._start_again, self._tell_event, self._watchers)
         self._guest.notice = self._taken.notice
         self._guest.start()
         spec = container.state["spec"]
@@ -344,6 +344,11 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         """What has this kernel among its own and would restart it; None for a client with the one."""
         owner = getattr(self.parent, "parent", None)
         return owner if isinstance(owner, MultiKernelManager) and self.kernel_id in owner else None
+
+    def _watchers(self) -> int | None:
+        """How many front ends listen to it; None where nobody counts them."""
+        model = getattr(self._manager_of_many(), "kernel_model", None)
+        return int(model(self.kernel_id)["connections"]) if model else None
 
     def _ended(self) -> int | None:
         if not self._has_process:
