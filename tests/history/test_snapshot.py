@@ -18,7 +18,7 @@ from workbench.containers import pause
 from workbench.containers.container import Container
 from workbench.history.snapshot import Snapshot
 from workbench.linux import userns
-from workbench.model import Conflict, Image, InvalidInput, NotFound
+from workbench.model import Conflict, Image, Interrupted, InvalidInput, NotFound
 from workbench.workbench import Workbench
 
 DRIVER = (Path(__file__).parent / "driver.py").read_text()
@@ -197,6 +197,58 @@ def test_it_goes_on_when_its_guard_is_killed(workbench: Workbench, image: str) -
         while (Path(container.upper) / "opt/a").read_text() == before:
             assert time.monotonic() < until
             time.sleep(0.01)
+
+
+RESTLESS = """
+import os
+data = os.urandom(8 << 20)
+number = 0
+while True:
+    number += 1
+    for name in "abcdefgh":
+        with open(f"/opt/{name}", "r+b" if number > 1 else "wb") as file:
+            file.write(data)
+    with open("/opt/number", "w") as file:
+        file.write(str(number))
+    if number == 2:
+        print("going", flush=True)
+"""
+
+
+def test_whoever_is_told_how_far_it_is_may_end_it(
+    workbench: Workbench, image: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any point, also while the container stands still: it goes on then, and nothing of it stays."""
+    monkeypatch.setattr(userns, "_OFTEN", 5)
+    said: list[tuple[str, int, int]] = []
+    last = 0
+
+    def meter(what: str, done: int, total: int) -> None:
+        said.append((what, done, total))
+        if len(said) == last:
+            raise Interrupted("take a snapshot", "it is enough")
+
+    with writing(workbench, image, RESTLESS) as container:
+
+        def stored() -> list[str]:
+            places = ("tmp/*", "layers/*", "blobs/sha256/*", "refs/*")
+            return sorted(str(path) for place in places for path in home.glob(place))
+
+        before, number = stored(), Path(container.upper) / "opt/number"
+        for last in (1, 2, 3, 4, *range(6, 200, 6), 0):  # noqa: B007 - ``meter`` uses it
+            said.clear()
+            try:
+                taken = workbench.snapshot(container.id, message="x", name="restless", meter=meter)
+                break
+            except Interrupted:
+                then, until = number.read_text(), time.monotonic() + 10
+                while number.read_text() in (then, ""):
+                    assert time.monotonic() < until
+                    time.sleep(0.01)
+                assert stored() == before and guards() == []
+        assert taken.image is not None and last > 4
+        assert said[-1] == ("keeping what changed", taken.size, taken.size)
+        assert all(done <= total and (total == 0 or total >= 64 << 20) for _, done, total in said)
 
 
 def guards() -> list[int]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import os
 import queue
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 
-from tests.jupyter.clients import Outputs, run
+from tests.jupyter.clients import Outputs, argv_kernel, run
 from tests.jupyter.conftest import Start
 from workbench.jupyter import guest_channel
 from workbench.linux import userns
@@ -299,6 +301,30 @@ def test_who_does_not_read_or_write_keeps_nobody_waiting(start: Start, home: Pat
     run(client, "for s in idle + begun + deaf + many: s.close()")
     settled(home, before)
     assert "image" in run(client, "%container status").text
+
+
+SAID = "from workbench.guest.progress import Progress as P; p = P(); p.show('one'); p.show('two'); p.end(); p.end()"
+
+
+def test_how_far_it_is_without_a_notebook() -> None:
+    """On a terminal one line that is gone at the end, else lines."""
+    done = subprocess.run([sys.executable, "-c", SAID], stderr=subprocess.PIPE, text=True, check=True)
+    assert done.stderr == "one\ntwo\n"
+    master, inner = os.openpty()
+    subprocess.run([sys.executable, "-c", SAID], stderr=inner, check=True)
+    assert os.read(master, 99).decode() == "\r\x1b[Kone\r\x1b[Ktwo\r\x1b[K"
+    os.close(master)
+    os.close(inner)
+
+
+def test_under_an_editor_that_starts_argv_itself(image: str, tmp_path: Path) -> None:
+    with argv_kernel(tmp_path) as (_, client):
+        run(client, "open('/opt/x', 'w').write('x')")
+        assert "[guest/argv " in run(client, "%container snapshot -m x -t guest/argv").stdout
+        assert run(client, "%container export").stdout.startswith("guest-argv.oci.tar  ")
+        assert run(client, "%container freeze --no-build").stdout.startswith("recipe argv-frozen/recipe.toml  on ")
+        text = (tmp_path / "argv-frozen/recipe.toml").read_text()
+        assert 'name = "guest/argv-frozen"' in text and "#   1 file that no package owns: /opt/x" in text
 
 
 def test_a_reader_that_stops_is_dropped(start: Start, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,10 @@ IDS = 65536
 ROOT_BASE = 0x40000000
 
 
+#: Milliseconds between two looks at who waits for a process apart.
+_OFTEN = 100
+
+
 @dataclass(frozen=True, slots=True)
 class HostIds:
     """What ids this process may hand to a container.
@@ -331,7 +335,7 @@ def _attend(pid: int, meanwhile: Callable[[], None]) -> None:
     try:
         ended = select.poll()  # a server may have more descriptors than select(2) takes
         ended.register(fd, select.POLLIN)
-        while not ended.poll(100):
+        while not ended.poll(_OFTEN):
             meanwhile()
     finally:
         os.close(fd)
