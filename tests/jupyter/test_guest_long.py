@@ -168,13 +168,16 @@ def test_an_archive_from_inside_is_that_of_the_command_line(
     assert taken.code == 0 and (elsewhere / "work.ipynb").read_text() == NOTEBOOK, taken.err
     log = cli("log", "guest/sent", "--oneline", WORKBENCH_HOME=str(elsewhere / "w")).out
     assert log.splitlines()[0].endswith("Sent")
+    (tmp_path / "kept.part").write_text("of somebody else")
     for line, expected in (
         ("export nothing-here", "none that this container stands on"), ("export -o /nowhere/x", "can be written"),
+        ("export nothing-here -o kept", "none that this container stands on"),
         ("export --with gone.ipynb", "No such file"), ("export --with out.oci.tar", "64"),
     ):  # fmt: skip
         done = run(client, f"%container {line}")
         assert done.stderr and not done.stdout, (line, done.stdout)
         assert expected in done.stderr or line.endswith("tar"), (line, done.stderr)
+    assert (tmp_path / "kept.part").read_text() == "of somebody else"
 
 
 @pytest.fixture

@@ -38,14 +38,14 @@ class _Received:
     """A file that arrives beside its name, and gets it when it is whole."""
 
     def __init__(self, path: str) -> None:
-        self.path, self.size, self._digest = path, 0, ""
+        self.path, self.size, self._digest, self._begun = path, 0, "", False
 
     def take(self, about: dict[str, Any], stream: BinaryIO) -> None:
         """What follows on the stream."""
         self.path = self.path or _plain(about["name"]) + ".oci.tar"
         self.size, whole = int(about["size"]), hashlib.sha256()
         with _told("write " + self.path), open(self._part, "wb") as file:
-            left = self.size
+            self._begun, left = True, self.size
             while left:
                 data = stream.read(min(left, _CHUNK))
                 if not data:
@@ -69,8 +69,8 @@ class _Received:
         _sync(os.path.dirname(self.path) or ".")
 
     def drop(self) -> None:
-        """Nothing stays of one that is not whole."""
-        if self.path:
+        """Nothing stays of one that is not whole; what another one has called so does where none was begun."""
+        if self._begun:
             with suppress(OSError):
                 os.unlink(self._part)
 
