@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from workbench.images import config
+from workbench.linux import userns
 from workbench.model import Kernel
 from workbench.workbench import Workbench
 
@@ -40,3 +42,12 @@ def workbench() -> Iterator[Workbench]:
         workbench.refs.delete(name)
     workbench.gc()
     workbench.close()
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Workbench]:
+    """Another, empty store."""
+    other = Workbench(home=str(tmp_path / "elsewhere"), offer_host_settings=False)
+    yield other
+    other.close()
+    userns.call("workbench.linux.trees:remove", other.home)

@@ -6,13 +6,9 @@ Some of them; all with ``WORKBENCH_TEST_POINTS=all make test ARGS=tests/history/
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from tests.history.test_snapshot import Live
-from workbench.linux import userns
 from workbench.workbench import Workbench
 
 COUNT = 300 if os.environ.get("WORKBENCH_TEST_POINTS") == "all" else 40
@@ -24,14 +20,6 @@ while read -r line; do
     echo "$line"
 done
 """
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path) -> Iterator[Workbench]:
-    other = Workbench(home=str(tmp_path / "elsewhere"), offer_host_settings=False)
-    yield other
-    other.close()
-    userns.call("workbench.linux.trees:remove", other.home)
 
 
 def shown(workbench: Workbench, image: str) -> tuple[list[int], int]:

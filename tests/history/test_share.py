@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,20 +14,10 @@ import pytest
 from tests.conftest import other_account
 from tests.history.test_snapshot import DRIVER, Live, difference, listed
 from workbench.images import config
-from workbench.linux import userns
 from workbench.model import Conflict, Corrupt, InvalidInput, NotFound
 from workbench.workbench import Workbench
 
 NOTEBOOK = '{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path) -> Iterator[Workbench]:
-    """Another, empty store."""
-    other = Workbench(home=str(tmp_path / "elsewhere"), offer_host_settings=False)
-    yield other
-    other.close()
-    userns.call("workbench.linux.trees:remove", other.home)
 
 
 @pytest.fixture

@@ -260,33 +260,24 @@ def test_nothing_is_fetched_for_a_container_without_a_network(start: Start, tmp_
 
 
 HOSTILE = """
-idle = []
-for n in range(100):
-    s = socket.socket(socket.AF_UNIX); s.connect('/run/workbench/api'); idle.append(s)
+def crowd(count, line=b''):
+    found = []
+    for n in range(count):
+        s = socket.socket(socket.AF_UNIX); s.connect('/run/workbench/api')
+        try:
+            s.sendall(line)
+        except OSError:
+            pass
+        found.append(s)
+    return found
+idle = crowd(100)
 first = soon({'do': 'log'})
-begun = []
-for n in range(100):
-    s = socket.socket(socket.AF_UNIX); s.connect('/run/workbench/api')
-    try:
-        s.sendall(b'{"do": "log", ')
-    except OSError:
-        pass
-    begun.append(s)
+begun = crowd(100, b'{"do": "log", ')
 second = soon({'do': 'log'})
-deaf = []
-for n in range(3):
-    s = socket.socket(socket.AF_UNIX); s.connect('/run/workbench/api'); deaf.append(s)
-    s.sendall(b'{"do": "export"}\\n')
+deaf = crowd(3, b'{"do": "export"}\\n')
 time.sleep(1)
 third = soon({'do': 'log'})
-many = []
-for n in range(100):
-    s = socket.socket(socket.AF_UNIX); s.connect('/run/workbench/api')
-    try:
-        s.sendall(b'{"do": "branch"}\\n')
-    except OSError:
-        pass
-    many.append(s)
+many = crowd(100, b'{"do": "branch"}\\n')
 fourth = soon({'do': 'log'})
 print(json.dumps([first, second, third, fourth]))
 """

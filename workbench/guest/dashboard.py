@@ -193,7 +193,9 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
                 self.look(brief)
             except Refused:
                 pass  # the launcher is busy, or gone: what is shown stays, and grows stale
-            except Exception:  # the kernel ends
+            except Exception:  # the kernel ends; or else the next view tries again
+                with self._lock:
+                    self._watched = False
                 return
             now = time.monotonic()
             if not brief:

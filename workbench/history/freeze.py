@@ -29,6 +29,8 @@ from workbench.model import BuildFailed, Conflict, Image
 VENV = "/opt/venv"
 #: So many files go along with a recipe at the most.
 MOST_FILES = 2000
+#: Bytes of a recipe that is handed on as texts.
+MOST_TEXT = 8 << 20
 _USERS = re.compile(r"etc/(?:passwd|group|shadow|gshadow|subuid|subgid)")
 #: Of a Debian package what a recipe can name (Debian policy 5.6.12).
 _VERSION = re.compile(r"[A-Za-z0-9.+:~-]+")
@@ -362,6 +364,14 @@ def _plain(wish: str) -> str:
     """A package's name as both kinds of tools write it, with the version."""
     name, equals, version = wish.partition("=")
     return re.sub(r"[-_.]+", "-", name).lower() + equals + version
+
+
+def texts(folder: Path, text: str) -> dict[str, str]:
+    """The files of a frozen recipe, by name, for who hands them on. Raises Conflict for more than `MOST_TEXT` bytes."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    if sum(path.stat().st_size for path in files) > MOST_TEXT:
+        raise Conflict(f"freeze {text}", "its recipe is too long", f"jupyter workbench freeze {text}")
+    return {path.name: path.read_text("utf-8") for path in files}
 
 
 def frozen_name(text: str, image_id: str) -> str:

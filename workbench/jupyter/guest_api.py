@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 
 #: In the run folder; inside it is /run/workbench/api.
 NAME = "api"
-#: Bytes of the notebooks that go along with an archive, and of a recipe.
-_NOTEBOOKS, _RECIPE = 16 << 20, 8 << 20
+_NOTEBOOKS = 16 << 20  # bytes of those that go along with an archive
 _PATIENCE = 5.0  # seconds until the one before has ended that was interrupted
 _IMPATIENCE = 2.0  # seconds that a look waits for a snapshot
 _PATHS = 1000
@@ -182,10 +181,8 @@ class GuestApi:
 
     def do_show(self, image: str = "") -> dict[str, Any]:
         """One of its images, and what it changed."""
-        own = self._own(image)
-        entry = next(iter(self.bench.history(own)))
-        found = asdict(self.bench.diff(entry.parent, own)) if entry.parent else None
-        return asdict(entry) | {"diff": found}
+        entry, found = self.bench.show(self._own(image))
+        return asdict(entry) | {"diff": asdict(found) if found else None}
 
     def do_tag(self, name: str, image: str = "") -> str:
         """Another name for one of its images."""
@@ -228,7 +225,7 @@ class GuestApi:
                 "%container freeze --no-build",
             )  # fmt: skip
         with self._turn(channel, "freeze"):
-            return guest_freeze.freeze(self.bench, channel, text, own, build=build, most=_RECIPE)
+            return guest_freeze.freeze(self.bench, channel, text, own, build=build)
 
     def do_branch(self, name: str = "", image: str = "") -> list[dict[str, Any]]:
         """Its own names, the one that its snapshots move marked; before that a new one, if ``name`` says so."""

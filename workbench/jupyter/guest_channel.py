@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.linux.sockets import bind_private
-from workbench.model import Interrupted, InvalidInput, how_far
+from workbench.model import Interrupted, InvalidInput, how_far, printable
 
 _REQUEST = 128 << 10  # bytes of a line
 _TIMEOUT = 10.0  # seconds for a request to arrive, and for an answer, or a megabyte of it, to be taken
@@ -63,7 +63,7 @@ class Channel:
         self.look()
         if (now := time.monotonic()) >= self._next:
             self._next = now + _BETWEEN
-            self._line({"progress": "".join(char if char.isprintable() else "?" for char in text[:_WORD])})
+            self._line({"progress": printable(text[:_WORD])})
 
     def body(self, size: int) -> bytes:
         """What follows the request's line. Raises Interrupted when it does not arrive in time."""

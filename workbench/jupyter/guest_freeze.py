@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.model import Conflict, WorkbenchError
+from workbench.model import WorkbenchError
 
 if TYPE_CHECKING:
     from workbench.jupyter.guest_channel import Channel
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 _PATIENCE = 30.0  # seconds to tidy up
 
 
-def freeze(bench: Workbench, channel: Channel, text: str, image: str, *, build: bool, most: int) -> dict[str, Any]:
+def freeze(bench: Workbench, channel: Channel, text: str, image: str, *, build: bool) -> dict[str, Any]:
     """What ``bench.freeze`` gives as plain values; ``left``: what is lost, in lines; ``recipe``: its texts, by file.
 
-    text: how the image is called; most: bytes of all of them. Raises Interrupted, and as ``Workbench.freeze`` does.
+    text: how the image is called. Raises Interrupted, and as ``Workbench.freeze`` does.
     """
-    from workbench.history.freeze import frozen_name
+    from workbench.history.freeze import frozen_name, texts
 
     channel.tell(name=frozen_name(text, image).rpartition("/")[2])
     with bench.store.staging() as staging:
@@ -39,14 +39,7 @@ def freeze(bench: Workbench, channel: Channel, text: str, image: str, *, build: 
         found: dict[str, Any] = json.loads(answer.read_bytes())
         if "error" in found:
             raise WorkbenchError.from_dict(found)
-        return found | {"folder": "", "recipe": _texts(folder, text, most)}
-
-
-def _texts(folder: Path, text: str, most: int) -> dict[str, str]:
-    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    if sum(path.stat().st_size for path in files) > most:
-        raise Conflict(f"freeze {text}", "its recipe is too long", f"jupyter workbench freeze {text}")
-    return {path.name: path.read_text("utf-8") for path in files}
+        return found | {"folder": "", "recipe": texts(folder, text)}
 
 
 def _run(wish: dict[str, Any], channel: Channel) -> str:

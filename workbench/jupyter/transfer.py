@@ -68,10 +68,13 @@ class FreezeHandler(Handler):
         wanted = self.wanted("freeze an image", "image", {"image": str, "build": bool})
 
         def freeze(bench: Workbench) -> dict[str, Any]:
+            from workbench.history.freeze import texts
+
             with bench.store.staging() as staging:
                 folder = staging / "recipe"
                 done = bench.freeze(wanted["image"], str(folder), build=wanted.get("build", False))
-                files = {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.is_file()}
+                files = texts(folder, wanted["image"])
+            kernelspecs.offer(done.name, done.image)
             image = done.image.id if done.image else None
             return asdict(done) | {"image": image, "folder": "", "recipe": files}
 
