@@ -113,15 +113,11 @@ def test_jupyterlab_shows_a_card_and_runs_a_notebook(image, tmp_path, page, no_n
         assert card.locator("img").evaluate("image => image.naturalWidth > 0"), "the logo is drawn"
         if PICTURES:
             page.screenshot(path=f"{PICTURES}/launcher.png")
-        page.goto(f"{app.url}/lab/tree/probe.ipynb?token=t&reset")
-        expect(page.locator(".jp-Toolbar-kernelName")).to_contain_text("pandas", timeout=60_000)
-        expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']")).to_be_visible(timeout=60_000)
-        page.locator(".jp-CodeCell .cm-content").first.click()
-        page.keyboard.press("Shift+Enter")
+        opened(page, f"{app.url}/lab/tree/probe.ipynb?token=t&reset")
+        run_cell(page, 0)
         expect(page.locator(".jp-OutputArea-output").first).to_contain_text("uid 0 init", timeout=60_000)
         if PICTURES:
-            page.goto(f"{app.url}/lab/tree/quickstart.ipynb?token=t&reset")
-            expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']")).to_be_visible(timeout=60_000)
+            opened(page, f"{app.url}/lab/tree/quickstart.ipynb?token=t&reset")
             page.get_by_role("menuitem", name="Run", exact=True).click()
             page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
             page.wait_for_timeout(15_000)
@@ -145,12 +141,12 @@ def run_cell(page: Page, number: int) -> Locator:
     return cell.locator(".jp-OutputArea")
 
 
-def opened(page: Page, app: App, name: str) -> None:
-    """Open a notebook in JupyterLab, and wait for its kernel."""
-    page.goto(f"{app.url}/lab/tree/{name}?token=t&reset")
+def opened(page: Page, address: str) -> None:
+    """Open a notebook, and wait for its kernel."""
+    page.goto(address)
     expect(page.locator(".jp-Toolbar-kernelName")).to_contain_text("pandas", timeout=60_000)
     expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']")).to_be_visible(timeout=60_000)
-    page.wait_for_timeout(1000)  # JupyterLab shows it before it would run a cell
+    page.wait_for_timeout(1000)  # it is shown before a cell would be run
 
 
 def megabytes(dashboard: Locator) -> float:
@@ -171,7 +167,7 @@ def test_the_dashboard_is_alive(image, tmp_path, page, no_news):
     )  # fmt: skip
     app = App("lab", root)
     try:
-        opened(page, app, "live.ipynb")
+        opened(page, f"{app.url}/lab/tree/live.ipynb?token=t&reset")
         dashboard = run_cell(page, 0)
         row = {name: dashboard.locator("tr", has=page.get_by_role("rowheader", name=name, exact=True))
                for name in ("snapshot", "changed since", "processor")}  # fmt: skip
@@ -284,10 +280,8 @@ def test_notebook_7_runs_a_notebook(image, tmp_path, page):
     notebook(root, "probe.ipynb")
     app = App("notebook", root)
     try:
-        page.goto(f"{app.url}/notebooks/probe.ipynb?token=t")
-        expect(page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']")).to_be_visible(timeout=60_000)
-        page.locator(".jp-CodeCell .cm-content").first.click()
-        page.keyboard.press("Shift+Enter")
+        opened(page, f"{app.url}/notebooks/probe.ipynb?token=t")
+        run_cell(page, 0)
         expect(page.locator(".jp-OutputArea-output").first).to_contain_text("uid 0 init", timeout=60_000)
     finally:
         app.close()
