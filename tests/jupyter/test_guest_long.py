@@ -8,6 +8,7 @@ import os
 import queue
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from jupyter_client.manager import KernelManager
 
 from tests.jupyter.clients import Outputs, argv_kernel, run
 from tests.jupyter.conftest import Start
+from workbench.guest import api
 from workbench.jupyter import guest_channel
 from workbench.linux import userns
 from workbench.workbench import Workbench
@@ -319,6 +321,18 @@ def test_under_an_editor_that_starts_argv_itself(image: str, tmp_path: Path) -> 
         assert run(client, "%container freeze --no-build").stdout.startswith("recipe argv-frozen/recipe.toml  on ")
         text = (tmp_path / "argv-frozen/recipe.toml").read_text()
         assert 'name = "guest/argv-frozen"' in text and "#   1 file that no package owns: /opt/x" in text
+
+
+def test_a_door_that_is_closed_has_no_thread(tmp_path: Path) -> None:
+    """Nor does one whose container has ended cost anything from then on, while its server lives."""
+    door = guest_channel.Door(lambda line, channel: channel.answer({"value": line.decode()}), "workbench-door")
+    door.open(str(tmp_path / "api"))
+    assert api.ask({"do": "x"}, str(tmp_path / "api")) == '{"do": "x"}\n'
+    door.close()
+    until = time.monotonic() + 5
+    while any(thread.name == "workbench-door" for thread in threading.enumerate()):
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def test_a_reader_that_stops_is_dropped(start: Start, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

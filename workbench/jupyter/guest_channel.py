@@ -123,7 +123,7 @@ class Door:
         self._waiting: deque[tuple[socket.socket, bytes, bytes, float]] = deque()
         self._working, self._guard = 0, threading.Lock()
         self._budget, self._then = _BURST, time.monotonic()
-        self._opened = False
+        self._opened = self._closed = False
 
     def open(self, path: str) -> None:
         """Listen at a name. Raises OSError."""
@@ -136,6 +136,7 @@ class Door:
 
     def close(self) -> None:
         """Listen no more; what is being done is done to its end."""
+        self._closed = True
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # which wakes its thread
         if not self._opened:
@@ -160,8 +161,8 @@ class Door:
         """Whether it goes on."""
         try:
             connection, _ = self._listener.accept()
-        except BlockingIOError:
-            return True
+        except BlockingIOError:  # also of one that is shut down, for good
+            return not self._closed
         except OSError:
             return False
         connection.setblocking(False)
