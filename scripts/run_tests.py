@@ -42,8 +42,8 @@ PASSED_ON = (
 )
 #: The variable that tells the parts in which folder they agree about turns; a word of a part's command.
 TURNS = "WORKBENCH_TEST_TURNS="
-#: The sources are looked at once, where they are.
-ONLY_HERE = "tests/test_house.py"
+#: What the second part leaves out: sources are looked at where they are, and what is the same for both, once.
+SECOND = ("--ignore=tests/test_house.py", "-m", "not once")
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ def parts_of_root(arguments: Sequence[str]) -> list[Part]:
     """Root's way."""
     python, project = prepare_account()
     here = ["env", TURNS, str(VENV / "bin" / "python"), "-m", "pytest", *arguments]
-    there = [*as_account(python), "-m", "pytest", f"--ignore={ONLY_HERE}", *arguments]
+    there = [*as_account(python), "-m", "pytest", *SECOND, *arguments]
     return [
         Part("as root", here, TOP),
-        Part(f"as {ACCOUNT} (sources are checked by root's part)", there, project),
+        Part(f"as {ACCOUNT} (what is the same for both is in root's part)", there, project),
     ]
 
 
@@ -143,7 +143,7 @@ def parts_of_a_user(arguments: Sequence[str]) -> list[Part]:
     if as_root() == ["sudo", "-n"]:
         # As root, but leaving no file of root's in this checkout.
         quiet = ["sudo", "-n", "env", TURNS, "PYTHONDONTWRITEBYTECODE=1", f"CI={os.environ.get('CI', '')}"]
-        without = ["-p", "no:cacheprovider", f"--ignore={ONLY_HERE}"]
+        without = ["-p", "no:cacheprovider", *SECOND]
         parts.append(Part("as root, by sudo", [*quiet, *python, *without, *arguments], TOP))
     return parts
 

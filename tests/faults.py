@@ -76,6 +76,8 @@ class Commands:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=TOP,
             env=os.environ | env | {"PYTHONPATH": str(TOP)},
         )  # fmt: skip
+        # While it is just being executed its environment reads as empty, so that nobody could tell whose it is.
+        assert self._process.stdout and self._process.stdout.readline() == "ready\n"
 
     def run(
         self, *words: str, number: int = 0, fault: str = "", places: tuple[str, ...] = (), cwd: str = "/", **env: str
@@ -287,6 +289,7 @@ def _main() -> None:
     names = {
         library.seccomp_syscall_resolve_name(name.encode()): name for name in (*_BY_NAME, *_BY_DESCRIPTOR)
     }  # fmt: skip
+    print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(_serve(json.loads(line), library, names)), flush=True)
 

@@ -213,9 +213,9 @@ class HistoryFace:
         return share.packed(self.store, self.refs, found, text, form=form, along=along, meter=meter)
 
     def load(
-        self, path: str, name: str = "", *, force: bool = False, place: str | None = None
+        self, path: str, name: str = "", *, force: bool = False, place: str | None = None, meter: Meter | None = None
     ) -> tuple[str, Image, dict[str, bytes]]:
         """Take an image from an archive; see ``history.share.load``."""
         from workbench.history import share
 
-        return share.load(self.store, self.refs, path, name, force=force, place=place)
+        return share.load(self.store, self.refs, path, name, force=force, place=place, meter=meter)

@@ -109,6 +109,7 @@ def test_the_kernel_stands_in_the_config(bench, image):
     assert dict(found.labels) == {"org.jupyter.workbench.suite": "bookworm"}
 
 
+@pytest.mark.once
 def test_bytecode_of_a_wheel_is_compiled_once_and_the_same(bench, home):
     """One package more takes that of the others from an earlier build, to the same image as without."""
     apt = '[base]\nsuite = "bookworm"\n[apt]\npackages = ["python3"]\n[python]\npackages = {}\n'

@@ -53,7 +53,10 @@ def test_from_change_to_launch(cli, container):
     log = cli("log", "shell-made")
     assert "Author: Ann <a@b>" in log.out and "    Add a seed\n\n    and take" in log.out and "(shell-made)" in log.out
     assert cli("log", "--oneline", "-n", "1", "shell-made").out.endswith(" (shell-made) Add a seed\n")
-    assert len(json.loads(cli("log", "--json", "shell-made").out)) == 2
+    entries = json.loads(cli("log", "--json", "--stat", "shell-made").out)
+    assert [row["changed"] for row in entries] == [{"packages": 0, "added": 4, "modified": 0, "deleted": 1}, None]
+    assert f"Parent: {entries[1]['id'][7:19]}\n" in log.out and "\tA" not in log.out
+    assert "A\t/opt/seed/f  0 B -> 4 B\n" in cli("log", "--stat", "shell-made").out
     diff = cli("diff", "shell-made~1", "shell-made", "--name-status").out.splitlines()
     assert diff == [
         "A\t/opt/seed/",

@@ -40,7 +40,14 @@ def test_there_and_back(workbench: Workbench, elsewhere: Workbench, made: str, t
     notebook.write_text(NOTEBOOK)
     assert workbench.export("share/plots", str(out), along=[str(notebook)]) == out.stat().st_size
     assert sorted(os.listdir(tmp_path)) == ["analysis.ipynb", "plots.oci.tar"]
-    name, image, along = elsewhere.load(str(out))
+    told: list[tuple[str, int, int]] = []
+    name, image, along = elsewhere.load(str(out), meter=lambda *how_far: told.append(how_far))
+    assert (
+        len(told) > 1
+        and told == sorted(told)
+        and told[0][:2] == ("reading", 0)
+        and len({total for *_, total in told}) == 1
+    )
     assert (name, image.id, along) == ("share/plots:latest", made, {"analysis.ipynb": NOTEBOOK.encode()})
     assert [entry.message for entry in elsewhere.history(name)] == ["Step 22", "Step 21", "built from a recipe"]
     assert elsewhere.image("share/plots~2").id == workbench.image("lower").id

@@ -47,12 +47,19 @@ def test_a_notebook_keeps_what_it_installed(server: Server) -> None:
     assert notebook.run("x").text == "'alive'"
     assert "nothing has changed" in notebook.run("%container snapshot -m again").stdout
     status = notebook.run("%container status").text
-    assert "guest/plots" in status and "0 files and folders" in status and "limit of processes" in status
+    assert (
+        "\nmemory " in status
+        and "guest/plots" in status
+        and "0 files and folders" in status
+        and "limit of processes" in status
+    )
     log = notebook.run("%container log --oneline").stdout.splitlines()
     assert (len(log) == 2 and log[0].endswith("(guest/plots:latest) Add madeup")) or "(guest/plots)" in log[0]
-    assert notebook.run("%container log").text.count("\n") >= 2  # a table
+    assert "parent" in notebook.run("%container log").text  # a table
+    table = "get_ipython().run_line_magic('container', 'log --stat')[['packages', 'added', 'modified', 'deleted']]"
+    assert notebook.run(f"{table}.values.tolist()").text == "[[1, 3, 0, 0], ['', '', '', '']]"
     diff = notebook.run("%container diff")
-    assert diff.stdout.startswith("1 packages; 5 files:") or "madeup" in diff.text
+    assert diff.stdout.startswith("1 package; 3 files: 3 added, 0 modified, 0 deleted; +")
     assert "madeup" in diff.text and "1.2" in diff.text
     assert "Add madeup" in notebook.run("%container show").stdout
     # the same after a restart, and with the same socket
@@ -99,6 +106,7 @@ def test_the_dashboard_is_kept_up_as_long_as_it_is_seen(start: Start) -> None:
     assert run(client, WATCHERS).stdout == "[]\n"
 
 
+@pytest.mark.once
 def test_a_dashboard_that_nobody_hears_leaves_its_kernel_idle(server: Server) -> None:
     """A tab that is closed tells nothing of its views; a server ends kernels that were idle for long."""
     notebook = Session(server)
@@ -252,6 +260,7 @@ def test_in_a_kernel_without_a_container(image: str, tmp_path: Path) -> None:
         assert not run(client, "%load_ext workbench").error
         assert "built from a recipe" in run(client, "%container log --oneline python").stdout
         assert "in no container" in run(client, "%container snapshot -m x").stderr
+        assert run(client, "%container log --stat -n 0 python").text.startswith("Empty DataFrame")
         assert "name an image" in run(client, "%container log").stderr
         assert "no parent" in run(client, "%container diff python~1 python").stderr
     finally:

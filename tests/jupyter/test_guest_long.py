@@ -226,7 +226,7 @@ def test_what_it_names_is_in_the_container(start: Start, home: Path) -> None:
             f"recipe {place}.d/recipe.toml"
         )
         assert run(client, f"os.listdir('{place}.d')").text == "['recipe.toml']"
-    for folder in ("/etc", "/root", str(home), str(home.parent)):
+    for folder in filter(lambda path: os.access(path, os.R_OK), ("/etc", "/root", str(home), str(home.parent))):
         assert not [found for found in os.listdir(folder) if found.startswith(name)], folder
     settled(home, before)
 

@@ -73,14 +73,22 @@ def log(bench: Workbench, options: Any, _: Get) -> int:
     if options.graph and not options.json:
         show.say(*lines)
     elif options.json:
-        show.as_json([asdict(entry) for entry in entries])
+        show.as_json([asdict(entry) | (_changed(bench, entry) if options.stat else {}) for entry in entries])
     elif options.oneline:
         for entry in entries:
             show.say(f"{entry.id[7:19]}{_names(entry)} {entry.summary}")
     else:
         for number, entry in enumerate(entries):
             show.say(*([""] if number else []), *_told(entry))
+            if options.stat and (found := bench.show(entry.id)[1]):
+                print()
+                _print(found, options)
     return 0
+
+
+def _changed(bench: Workbench, entry: Entry) -> dict[str, Any]:
+    found = bench.show(entry.id)[1]
+    return {"changed": found.counts if found else None}
 
 
 def _told(entry: Entry) -> Iterable[str]:
@@ -89,6 +97,8 @@ def _told(entry: Entry) -> Iterable[str]:
         yield f"Author: {entry.author}"
     yield f"Date:   {entry.when} ({show.age(entry.when)})"
     yield f"Size:   {format_size(entry.size)}"
+    if entry.parent:
+        yield f"Parent: {entry.parent[7:19]}"
     yield ""
     for line in entry.message.rstrip().replace("\r\n", "\n").split("\n"):
         yield f"    {line}".rstrip(" ")
@@ -138,11 +148,7 @@ def _print(found: Diff, options: Any) -> None:
         size = f"  {format_size(row.before)} -> {format_size(row.after)}" if options.stat else ""
         show.say(f"{row.kind}\t/{row.path}{size}")
     if len(shown) < len(found.files) and not options.name_status:
-        kinds = {kind: sum(row.kind == kind for row in found.files) for kind in "AMD"}
-        grown = sum(row.after - row.before for row in found.files)
-        sign = "+" if grown >= 0 else "-"
-        print(f"{count(len(found.files), 'file')}: {kinds['A']} added, {kinds['M']} modified, {kinds['D']} deleted; "
-              f"{sign}{format_size(abs(grown))}")  # fmt: skip
+        print(found.summary)
     if not found.files and not found.packages:
         print("no difference", file=sys.stderr)
 
@@ -165,7 +171,8 @@ def export(bench: Workbench, options: Any, _: Get) -> int:
 
 def load(bench: Workbench, options: Any, kernelspecs: Get) -> int:
     """``import FILE [NAME]``: the image, its kernel, and beside it the files that came along, if none are there."""
-    name, image, notebooks = bench.load(options.file, options.name or "", force=options.force)
+    with show.progress() as meter:
+        name, image, notebooks = bench.load(options.file, options.name or "", force=options.force, meter=meter)
     show_in_launcher(kernelspecs, name, image)
     show.say(f"{name} {image.id}")
     for file, data in notebooks.items():

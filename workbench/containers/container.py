@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from workbench.containers import state
 from workbench.containers.client import Answer, HelperClient
 from workbench.containers.spec import ContainerSpec
-from workbench.linux import userns
+from workbench.linux import processes, userns
 from workbench.linux.cgroup import Cgroup, Usage
 from workbench.model import Conflict, Exit, HostLacks, InvalidInput, NotFound
 
@@ -76,9 +76,11 @@ class Container:
         return known
 
     def usage(self) -> Usage | None:
-        """What it uses now; None where no control group tells it, or when it does not run."""
-        group = Cgroup.of(self.id)
-        return group.usage() if group else None
+        """What it uses now, told by its control group where it has one, else by its processes; None when it ended."""
+        if group := Cgroup.of(self.id):
+            return group.usage()
+        pid = self.state["pid"]
+        return processes.usage(pid) if pid else None
 
     @property
     def head(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from workbench.linux import userns
+from workbench.linux import processes, userns
 from workbench.linux.cgroup import Cgroup
 from workbench.model import Conflict, HostLacks
 
@@ -64,8 +64,8 @@ def _let_go(container_id: str, init: int) -> None:
         if group := Cgroup.of(container_id):
             group.thaw()
     with suppress(OSError):
-        for pid in _members(os.stat(f"/proc/{init}/ns/pid").st_ino):
-            if pid != init and _state(pid) in "tT":
+        for pid in processes.members(init):
+            if pid != init and processes.state(pid) in "tT":
                 os.kill(pid, signal.SIGCONT)
 
 
@@ -107,12 +107,11 @@ def _pause(channel: socket.socket, container_id: str, init: int) -> None:
 
 def _stop_all(init: int, stopped: set[int]) -> None:
     """SIGSTOP to all but the init, again and again until there is none left that runs: they may fork meanwhile."""
-    namespace = os.stat(f"/proc/{init}/ns/pid").st_ino
     until = time.monotonic() + _TIMEOUT
     while True:
         restless = 0
-        for pid in _members(namespace):
-            if pid == init or (state := _state(pid)) in "ZX" or (state in "tT" and pid in stopped):
+        for pid in processes.members(init):
+            if pid == init or (state := processes.state(pid)) in "ZX" or (state in "tT" and pid in stopped):
                 continue
             restless += 1
             if state not in "tT":  # what somebody else has stopped stays so
@@ -126,18 +125,3 @@ def _stop_all(init: int, stopped: set[int]) -> None:
         if time.monotonic() > until:
             raise TimeoutError
         time.sleep(0.001)
-
-
-def _members(namespace: int) -> Iterator[int]:
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with suppress(OSError):
-            if os.stat(f"/proc/{name}/ns/pid").st_ino == namespace:
-                yield int(name)
-
-
-def _state(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except OSError:
-        return "X"

@@ -91,6 +91,10 @@ def ask_shell(request: Request) -> Any:
         words = [str(request.get("name") or ""), image]
     else:
         words = [image]
+    if request.get("stat"):
+        words.insert(0, "--stat")
+    if request.get("number") is not None:
+        words[:0] = ["-n", str(request["number"])]
     if not all(words):
         raise Refused("name an image; `jupyter workbench images` lists them")
     done = subprocess.run(

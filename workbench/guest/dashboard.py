@@ -281,8 +281,8 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
             taken = ask(request)
             if taken["image"]:
                 self._say("{} {}: {}, {}; paused for {:.0f} ms".format(
-                    taken["ref"], taken["image"][7:19], _count(taken["changes"]), tables.size(taken["size"]),
-                    taken["paused"] * 1e3,
+                    taken["ref"], taken["image"][7:19], tables.count(taken["changes"], "change"),
+                    tables.size(taken["size"]), taken["paused"] * 1e3,
                 ))  # fmt: skip
                 for face in self._faces:
                     face.message.value = face.name.value = ""
@@ -307,10 +307,6 @@ class Dashboard(ipywidgets.VBox):  # type: ignore[misc]
 
 def _named(name: str, image: str) -> str:
     return f"{html.escape(name)} <code class='wb-of'>{html.escape(image[7:19])}</code>"
-
-
-def _count(changes: int) -> str:
-    return "1 change" if changes == 1 else f"{changes} changes"
 
 
 def _changed(status: Status) -> str:

@@ -39,6 +39,11 @@ def size(number: float) -> str:
     return f"{value:.1f} GiB"
 
 
+def count(number: int, noun: str) -> str:
+    """``1 file``, ``2 files``."""
+    return "%d %s%s" % (number, noun, "" if number == 1 else "s")
+
+
 def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Any:
     """Rows as a DataFrame where pandas is there, else as aligned text."""
     rows = [{key: plain(each) if isinstance(each, str) else each for key, each in row.items()} for row in rows]
@@ -99,10 +104,11 @@ def show_snapshot(value: Any, request: Request) -> None:
             say("left out: /" + path)
     if not value["image"]:
         said = "would be taken" if value["changes"] else "nothing has changed"
-        print("%d changes, %s: %s" % (value["changes"], size(value["size"]), said))
+        print("%s, %s: %s" % (count(value["changes"], "change"), size(value["size"]), said))
         return
     say("[{} {}] {}".format(value["ref"], value["image"][7:19], request.get("message", "").strip().split("\n")[0]))
-    print(" %d changes, %s; paused for %.0f ms" % (value["changes"], size(value["size"]), value["paused"] * 1e3))
+    taken = count(value["changes"], "change"), size(value["size"]), value["paused"] * 1e3
+    print(" %s, %s; paused for %.0f ms" % taken)
 
 
 def show_log(value: Any, request: Request) -> Any:
@@ -113,10 +119,12 @@ def show_log(value: Any, request: Request) -> Any:
         return None
     rows = [
         {"image": entry["id"][7:19], "names": ", ".join(entry["names"]), "message": entry["message"].split("\n")[0],
-         "author": entry["author"], "date": entry["when"], "size": size(entry["size"])}
+         "author": entry["author"], "date": entry["when"], "size": size(entry["size"]), "parent": entry["parent"][7:19],
+         **(entry.get("changed") or {})}
         for entry in value
     ]  # fmt: skip
-    return table(rows, ("image", "names", "message", "author", "date", "size"))
+    more = ("packages", "added", "modified", "deleted") if request.get("stat") else ()
+    return table(rows, ("image", "names", "message", "author", "date", "size", "parent", *more))
 
 
 def _names(entry: dict[str, Any]) -> str:
@@ -130,7 +138,8 @@ def show_diff(value: Any, request: Request) -> Any:
              for kind, word in (("A", "added"), ("M", "modified"), ("D", "deleted"))]  # fmt: skip
     grown = sum(row["after"] - row["before"] for row in files)
     sign = "+" if grown >= 0 else "-"
-    print(f"{len(value['packages'])} packages; {len(files)} files: {', '.join(kinds)}; {sign}{size(abs(grown))}")
+    counted = "{}; {}".format(count(len(value["packages"]), "package"), count(len(files), "file"))
+    print(f"{counted}: {', '.join(kinds)}; {sign}{size(abs(grown))}")
     if request.get("files"):
         rows = [dict(row, path="/" + row["path"]) for row in files]
         return table(rows, ("kind", "path", "before", "after"))

@@ -9,7 +9,7 @@ from .api import Refused, Request
 HELP = """\
 %container status                    this container: image, changes, memory, processor
 %container snapshot -m "what changed" [-t NAME] [-a AUTHOR] [--dry-run]
-%container log [IMAGE] [-n N] [--oneline]
+%container log [IMAGE] [-n N] [--oneline | --stat]
 %container diff [ONE [OTHER]] [--files]
 %container show [IMAGE]
 %container checkout [-f] IMAGE       this kernel anew in that environment (variables go, files of the container too)
@@ -48,7 +48,8 @@ def parse(line: str) -> Request:
         "status": ({}, {}, 0), "help": ({}, {}, 0), "show": ({}, {}, 1),
         "snapshot": ({"-m": "message", "--message": "message", "-t": "tag", "--tag": "tag", "-a": "author",
                       "--author": "author"}, {"--dry-run": "dry_run"}, 0),
-        "log": ({"-n": "number"}, {"--oneline": "oneline"}, 1), "diff": ({}, {"--files": "files"}, 2),
+        "log": ({"-n": "number"}, {"--oneline": "oneline", "--stat": "stat"}, 1),
+        "diff": ({}, {"--files": "files", "--stat": "files"}, 2),
         "tag": ({}, {}, 2), "branch": ({}, {}, 2), "reset": ({}, {"--hard": "hard"}, 1),
         "export": ({**_OUTPUT, "--with": "along"}, {}, 1), "freeze": (_OUTPUT, {"--no-build": "no_build"}, 1),
         "checkout": ({"-b": "create"}, {"-f": "force", "--force": "force"}, 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,7 @@ from workbench.images.store import Store
 from workbench.images.tree import walk
 from workbench.images.view import Shown, View, is_opaque
 from workbench.linux import userns
-from workbench.model import Image
+from workbench.model import Image, count, format_size
 
 if TYPE_CHECKING:
     import pandas
@@ -53,6 +54,23 @@ class Diff:
 
     packages: tuple[PackageChange, ...]
     files: tuple[FileChange, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many ``packages`` differ, and how many files were ``added``, ``modified`` and ``deleted``."""
+        kinds = Counter(row.kind for row in self.files)
+        return {"packages": len(self.packages), "added": kinds["A"], "modified": kinds["M"], "deleted": kinds["D"]}
+
+    @property
+    def summary(self) -> str:
+        """The same in a line, with the bytes that it grew by."""
+        packages, *kinds = self.counts.values()
+        grown = sum(row.after - row.before for row in self.files)
+        size = f"{'-' if grown < 0 else '+'}{format_size(abs(grown))}"
+        return (
+            f"{count(packages, 'package')}; {count(len(self.files), 'file')}: "
+            f"{kinds[0]} added, {kinds[1]} modified, {kinds[2]} deleted; {size}"
+        )
 
     def frame(self, what: Literal["packages", "files"] = "packages") -> pandas.DataFrame:
         """Packages or files as a table, a row for each change; kinds are categories, bytes are whole numbers.

@@ -68,7 +68,14 @@ def packed(
 
 
 def load(
-    store: Store, refs: Refs, path: str, name: str = "", *, force: bool = False, place: str | None = None
+    store: Store,
+    refs: Refs,
+    path: str,
+    name: str = "",
+    *,
+    force: bool = False,
+    place: str | None = None,
+    meter: Meter | None = None,
 ) -> tuple[str, Image, dict[str, bytes]]:
     """Take an image from an archive: its name here, it, and the notebooks that came along, by name.
 
@@ -82,7 +89,7 @@ def load(
             raise InvalidInput(f"import {path}", "the archive gives its image no name", "give one: import FILE NAME")
         refs.find(wanted)  # a name that cannot be one is said before the work
         files = archive.along(source, export.ALONG, _NOTEBOOK)  # whatever else lies there is left there
-        image = archive.take(store, source, found[0] if len(found) > 1 else "")
+        image = archive.take(store, source, found[0] if len(found) > 1 else "", meter)
         refs.move(wanted, image.id, f"import: {os.path.basename(path)}", force=force)
     if place != "":
         notebooks.note_place(str(store.home), image.id, place or path)

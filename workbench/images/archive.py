@@ -21,7 +21,7 @@ from workbench.images import config
 from workbench.images.files import clear_errors
 from workbench.images.source import MEMBERS, TRIED, Checked, Source, opened, packed, unpack
 from workbench.images.store import Store
-from workbench.model import Corrupt, Image, InvalidInput, NotFound
+from workbench.model import Corrupt, Image, InvalidInput, Meter, NotFound
 
 _ALONG = 64 << 20  # bytes of a file that comes along
 _INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
@@ -83,12 +83,12 @@ def load(store: Store, path: Path | str, ref: str = "") -> Image:
         return take(store, source, ref)
 
 
-def take(store: Store, source: Source, ref: str = "") -> Image:
+def take(store: Store, source: Source, ref: str = "", meter: Meter | None = None) -> Image:
     """Take the image of an opened archive into the store.
 
     ref: which one, where it holds several (the annotation ``org.opencontainers.image.ref.name``, or Docker's
-    name:tag). Raises NotFound, InvalidInput, Corrupt, HostLacks; in none of these cases anything stays but layers
-    that nothing names, which gc takes.
+    name:tag); meter: is told of each layer. Raises NotFound, InvalidInput, Corrupt, HostLacks; in none of these cases
+    anything stays but layers that nothing names, which gc takes.
     """
     with clear_errors(TRIED, str(store.home)), _well_formed():
         if source.has("index.json"):
@@ -101,8 +101,11 @@ def take(store: Store, source: Source, ref: str = "") -> Image:
         if len(wanted) != len(layers):
             raise Corrupt(TRIED, f"the config names {len(wanted)} layers, the manifest {len(layers)}", "get it again")
     with clear_errors(TRIED, str(store.home)), store.lease(*wanted), store.staging() as staging:
-        for diff_id, blob in zip(wanted, layers, strict=True):
+        sizes = [blob.size or 0 for blob in layers]  # Docker's archives name none
+        for number, (diff_id, blob) in enumerate(zip(wanted, layers, strict=True)):
             if not store.has_layer(diff_id):
+                if meter and any(sizes):
+                    meter("reading", sum(sizes[:number]), sum(sizes))
                 _layer(store, source, blob, diff_id, staging / "layer.tar")
         image = store.add_image(data)
         _take_ancestors(source, store, image)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -40,7 +41,7 @@ _PATHS = 1000
 _KNOWN: dict[str, dict[str, type]] = {
     "status": {"brief": bool}, "dashboard": {"model": str},
     "snapshot": {"message": str, "tag": str, "author": str, "dry_run": bool},
-    "log": {"image": str, "number": int}, "diff": {"one": str, "other": str, "files": bool},
+    "log": {"image": str, "number": int, "stat": bool}, "diff": {"one": str, "other": str, "files": bool},
     "show": {"image": str}, "tag": {"name": str, "image": str}, "branch": {"name": str, "image": str},
     "checkout": {"image": str, "create": str, "force": bool}, "reset": {"image": str, "hard": bool},
     "export": {"image": str, "along": dict}, "freeze": {"image": str, "build": bool},
@@ -167,10 +168,14 @@ class GuestApi:
             self._tell(IMAGE, name=taken.ref, image=taken.image.id, action="snapshot")
         return asdict(taken) | {"image": taken.image.id if taken.image else None, "paths": taken.paths[:_PATHS]}
 
-    def do_log(self, image: str = "", number: int | None = None) -> list[dict[str, Any]]:
-        """The history of one of its images."""
-        entries = [asdict(entry) for entry in self.bench.history(self._own(image))]
-        return entries[:number]
+    def do_log(self, image: str = "", number: int | None = None, stat: bool = False) -> list[dict[str, Any]]:
+        """The history of one of its images; stat: with what each changed."""
+        entries = list(islice(self.bench.history(self._own(image)), number))
+        return [asdict(entry) | ({"changed": self._changed(entry)} if stat else {}) for entry in entries]
+
+    def _changed(self, entry: Entry) -> dict[str, int] | None:
+        found = self.bench.show(entry.id)[1]
+        return found.counts if found else None
 
     def do_diff(self, one: str = "", other: str = "", files: bool = False) -> dict[str, Any]:
         """Between two of its images; by default from the parent of the last to it."""
