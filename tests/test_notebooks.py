@@ -58,7 +58,7 @@ def test_a_tutorial_runs(path, image, cli, tmp_path, request):
     assert SHOWN.get(path.stem, set()) <= shown
     if path.stem == "snapshot":
         said = "".join(output.get("text", "") for output in outputs)
-        assert "] Add toolz\n" in said and "] Set the threshold\n" in said and "1 packages; " in said
+        assert "] Add toolz\n" in said and "] Set the threshold\n" in said and "1 package; " in said
         assert said.count("now in ") == 2 and "False\n" in said and "\n0.05\n" in said and "* tutorial-two" not in said
         assert "* tutorial " in said and "  tutorial-two " in said
     if path.stem == "quickstart":

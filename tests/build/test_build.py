@@ -138,6 +138,7 @@ def test_bytecode_of_a_wheel_is_compiled_once_and_the_same(bench, home):
     assert six.read_bytes() == whole  # made anew
 
 
+@pytest.mark.once
 def test_addresses_of_mirrors_leave_no_trace(bench, monkeypatch):
     """Other addresses of the same archives, as a host behind a mirror has them; in no cache, and never locked."""
     again = random.randint(2, 999)

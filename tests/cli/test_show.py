@@ -67,7 +67,7 @@ def test_json_tells_what_is(capsys):
 
 def test_what_the_guest_shows(capsys):
     entry = {"id": "sha256:" + "a" * 64, "names": ["n"], "author": "A\x1b[2J", "when": "now\x07", "size": 1,
-             "message": "One\r\nTwo\x9b", "diff": None}  # fmt: skip
+             "message": "One\r\nTwo\x9b", "diff": None, "parent": ""}  # fmt: skip
     tables.show_show(entry, {})
     assert capsys.readouterr().out.splitlines()[1:] == [
         r"Author: A\x1b[2J", r"Date:   now\x07", "", "    One", r"    Two\x9b", "",

@@ -87,14 +87,15 @@ def settled(home: Path, before: dict[str, Any], cli: Any = None) -> None:
 
 def interrupted(manager: KernelManager, client: BlockingKernelClient, code: str) -> Outputs:
     """Execute, and interrupt the kernel as soon as there is a word of progress."""
-    outputs, request, until, idle = Outputs(), client.execute(code), time.monotonic() + 60, False
+    outputs, request, until, idle, sent = Outputs(), client.execute(code), time.monotonic() + 60, False, False
     while not idle or not outputs.reply:
         assert time.monotonic() < until, (outputs.stdout, outputs.stderr)
         try:
             message = client.get_iopub_msg(timeout=0.1)
             if message["parent_header"].get("msg_id") == request:
-                if message["header"]["msg_type"] == "display_data":
+                if message["header"]["msg_type"] == "display_data" and not sent:
                     manager.interrupt_kernel()
+                    sent = True  # another would reach IPython while it tells of this one
                 idle = outputs.take(message) or idle
         except queue.Empty:
             pass
