@@ -108,9 +108,9 @@ class _Stage:
         self.bench.load(str(self.archive), "base")
         self.running = ExitStack()  # of containers, until all is measured
         self.rounds = 0
-        self.taken: Image | None = None
+        self.taken = ""  # the name of the last round's second snapshot
 
-    def snapshot(self, container: Container, name: str = "taken") -> Image:
+    def snapshot(self, container: Container, name: str) -> Image:
         """Raises RuntimeError when there was nothing new."""
         made = self.bench.snapshot(container.id, message="figures", author="bench", name=name)
         if made.image is None:
@@ -132,14 +132,15 @@ class _Stage:
         """One round."""
         inside, container = self.running.enter_context(_ours(self.bench, "base", self.python))
         inside.ask("fill", "/opt/filled", FILES, BYTES)
-        seconds, stood = inside.measured(lambda: self.snapshot(container))
+        self.taken = f"taken-{container.id}"
+        seconds, stood = inside.measured(lambda: self.snapshot(container, self.taken))
         times.first.append(seconds)
         times.stood.append(stood)
-        self.taken = self.bench.image("taken")
+        image = self.bench.image(self.taken)
         inside.ask("write", "/opt/filled/changed", 4096)
-        times.second.append(inside.measured(lambda: self.snapshot(container))[0])
-        first = self.launch(self.taken)
-        later = sorted(self.launch(self.taken) for _ in range(3))[1]
+        times.second.append(inside.measured(lambda: self.snapshot(container, self.taken))[0])
+        first = self.launch(image)
+        later = sorted(self.launch(image) for _ in range(3))[1]
         times.launch.append((first - later) / FILES * 10_000)
 
     def theirs(self, times: _Times) -> None:
@@ -210,7 +211,7 @@ def _archives(stage: _Stage, rounds: int) -> Iterator[Figure]:
     def save() -> float:
         mine.unlink(missing_ok=True)
         os.sync()
-        return timed(lambda: ours(stage.bench.home, "export", "taken~1", "-o", str(mine)))
+        return timed(lambda: ours(stage.bench.home, "export", f"{stage.taken}~1", "-o", str(mine)))
 
     def their_save() -> float:
         theirs.unlink(missing_ok=True)
