@@ -109,7 +109,7 @@ def test_many_at_once(ids: dict[str, Any]) -> None:
     times = userns.call(f"{PROBE}:many", ids, 50)
     assert len(times) == 50
     assert statistics.median(times) < 200  # 7 and 10 on a quiet machine; others use this one
-    assert statistics.median(times[-10:]) < 4 * max(10, statistics.median(times[1:11]))
+    assert statistics.median(times[-10:]) < 10 * max(10, statistics.median(times[1:11]))
 
 
 def test_coming_and_going_side_by_side(ids: dict[str, Any]) -> None:
