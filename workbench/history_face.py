@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from workbench.model import Conflict
+from workbench.model import Conflict, WorkbenchError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -166,10 +166,18 @@ class HistoryFace:
 
     def show(self, text: str) -> tuple[Entry, Diff | None]:
         """An image, and what it changed, where its parent is here. Raises as ``history``."""
-        history = self.history(text)
-        entry = next(history)
-        parent = next(history, None) if entry.parent else None
-        return entry, self.diff(parent.id, entry.id) if parent else None
+        entry = next(self.history(text))
+        return entry, self.brought(entry)
+
+    def brought(self, entry: Entry) -> Diff | None:
+        """What one of a history changed, where its parent is here."""
+        from workbench.history import diff
+
+        try:
+            parent = self.store.image(entry.parent) if entry.parent else None
+        except WorkbenchError:
+            return None
+        return diff.between(self.store, parent, self.store.image(entry.id)) if parent else None
 
     def graph(self, text: str | None = None) -> Iterator[Row]:
         """Histories as a drawing, row by row: of one image, or of all that names lead to. Raises as ``history``."""

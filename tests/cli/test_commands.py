@@ -13,6 +13,8 @@ import time
 
 import pytest
 
+from workbench.workbench import Workbench
+
 MAIN = [sys.executable, "-m", "workbench"]
 
 
@@ -55,6 +57,7 @@ def test_empty_lists_say_what_to_do_next(cli, tmp_path):
 def test_bad_input_is_one_line_and_exit_code_1(cli, image, line):
     done = cli(*line)
     assert done.code == 1 and one_line(done.err), done
+    assert Workbench().store.check(deep=False) == []
 
 
 def test_a_foreign_store_is_refused(cli, tmp_path):

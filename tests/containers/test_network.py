@@ -106,10 +106,13 @@ def test_containers_do_not_reach_each_other(ids: dict[str, Any]) -> None:
 
 @pytest.mark.alone
 def test_many_at_once(ids: dict[str, Any]) -> None:
-    times = userns.call(f"{PROBE}:many", ids, 50)
-    assert len(times) == 50
-    assert statistics.median(times) < 200  # 7 and 10 on a quiet machine; others use this one
-    assert statistics.median(times[-10:]) < 10 * max(10, statistics.median(times[1:11]))
+    for again in reversed(range(3)):  # what else the machine does may slow down one half of a round
+        times = userns.call(f"{PROBE}:many", ids, 50)
+        assert len(times) == 50
+        assert statistics.median(times) < 200  # 7 and 10 on a quiet machine; others use this one
+        if statistics.median(times[-10:]) < 4 * max(10, statistics.median(times[1:11])):
+            break
+        assert again, times
 
 
 def test_coming_and_going_side_by_side(ids: dict[str, Any]) -> None:

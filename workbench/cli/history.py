@@ -73,22 +73,22 @@ def log(bench: Workbench, options: Any, _: Get) -> int:
     if options.graph and not options.json:
         show.say(*lines)
     elif options.json:
-        show.as_json([asdict(entry) | (_changed(bench, entry) if options.stat else {}) for entry in entries])
+        rows = [asdict(entry) for entry in entries]
+        if options.stat:
+            for row, entry in zip(rows, entries, strict=True):
+                found = bench.brought(entry)
+                row["changed"] = found and found.counts
+        show.as_json(rows)
     elif options.oneline:
         for entry in entries:
             show.say(f"{entry.id[7:19]}{_names(entry)} {entry.summary}")
     else:
         for number, entry in enumerate(entries):
             show.say(*([""] if number else []), *_told(entry))
-            if options.stat and (found := bench.show(entry.id)[1]):
+            if options.stat and (found := bench.brought(entry)):
                 print()
-                _print(found, options)
+                _print(found, stat=True)
     return 0
-
-
-def _changed(bench: Workbench, entry: Entry) -> dict[str, Any]:
-    found = bench.show(entry.id)[1]
-    return {"changed": found.counts if found else None}
 
 
 def _told(entry: Entry) -> Iterable[str]:
@@ -119,7 +119,7 @@ def show_image(bench: Workbench, options: Any, _: Get) -> int:
         show.say("", *(f"{key}: {value}" for key, value in entry.machine.items()))
     if found:
         print()
-        _print(found, options)
+        _print(found, stat=options.stat, name_status=options.name_status)
     return 0
 
 
@@ -129,12 +129,12 @@ def diff(bench: Workbench, options: Any, _: Get) -> int:
     if options.json:
         show.as_json(asdict(found))
     else:
-        _print(found, options)
+        _print(found, stat=options.stat, name_status=options.name_status)
     return 0
 
 
-def _print(found: Diff, options: Any) -> None:
-    if found.packages and not options.name_status:
+def _print(found: Diff, *, stat: bool, name_status: bool = False) -> None:
+    if found.packages and not name_status:
         rows = [
             {"package": row.name, "kind": row.kind, "before": row.before or "-", "after": row.after or "-",
              "place": row.place}
@@ -143,11 +143,11 @@ def _print(found: Diff, options: Any) -> None:
         ]  # fmt: skip
         print(show.table(rows))
         print()
-    shown = found.files if options.name_status else found.files[:_SHOWN] if options.stat else ()
+    shown = found.files if name_status else found.files[:_SHOWN] if stat else ()
     for row in shown:
-        size = f"  {format_size(row.before)} -> {format_size(row.after)}" if options.stat else ""
+        size = f"  {format_size(row.before)} -> {format_size(row.after)}" if stat else ""
         show.say(f"{row.kind}\t/{row.path}{size}")
-    if len(shown) < len(found.files) and not options.name_status:
+    if len(shown) < len(found.files) and not name_status:
         print(found.summary)
     if not found.files and not found.packages:
         print("no difference", file=sys.stderr)

@@ -190,7 +190,6 @@ def _log(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", dest="number", metavar="N", type=int, help="at most so many")
     parser.add_argument("--oneline", action="store_true", help="one line for each")
     parser.add_argument("--stat", action="store_true", help="what each changed: packages, and files with their sizes")
-    parser.set_defaults(name_status=False)
     _json(parser)
 
 

@@ -91,14 +91,13 @@ def ask_shell(request: Request) -> Any:
         words = [str(request.get("name") or ""), image]
     else:
         words = [image]
-    if request.get("stat"):
-        words.insert(0, "--stat")
-    if request.get("number") is not None:
-        words[:0] = ["-n", str(request["number"])]
     if not all(words):
         raise Refused("name an image; `jupyter workbench images` lists them")
+    options = [] if verb == "tag" else ["--json"]
+    options += ["--stat"] if request.get("stat") else []
+    options += ["-n", str(request["number"])] if "number" in request else []
     done = subprocess.run(
-        [sys.executable, "-m", "workbench", verb, *([] if verb == "tag" else ["--json"]), *words],
+        [sys.executable, "-m", "workbench", verb, *options, *words],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:

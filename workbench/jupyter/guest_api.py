@@ -171,11 +171,12 @@ class GuestApi:
     def do_log(self, image: str = "", number: int | None = None, stat: bool = False) -> list[dict[str, Any]]:
         """The history of one of its images; stat: with what each changed."""
         entries = list(islice(self.bench.history(self._own(image)), number))
-        return [asdict(entry) | ({"changed": self._changed(entry)} if stat else {}) for entry in entries]
-
-    def _changed(self, entry: Entry) -> dict[str, int] | None:
-        found = self.bench.show(entry.id)[1]
-        return found.counts if found else None
+        if not stat:
+            return [asdict(entry) for entry in entries]
+        brought = map(self.bench.brought, entries)
+        return [
+            asdict(entry) | {"changed": found and found.counts} for entry, found in zip(entries, brought, strict=True)
+        ]
 
     def do_diff(self, one: str = "", other: str = "", files: bool = False) -> dict[str, Any]:
         """Between two of its images; by default from the parent of the last to it."""
