@@ -21,7 +21,7 @@ from tests.jupyter.clients import argv_kernel, run
 from tests.jupyter.conftest import Server, Start
 from tests.jupyter.test_server import Session
 from workbench import guest
-from workbench.guest import words
+from workbench.guest import api, words
 from workbench.jupyter import guest_api
 from workbench.workbench import Workbench
 
@@ -58,6 +58,8 @@ def test_a_notebook_keeps_what_it_installed(server: Server) -> None:
     assert "parent" in notebook.run("%container log").text  # a table
     table = "get_ipython().run_line_magic('container', 'log --stat')[['packages', 'added', 'modified', 'deleted']]"
     assert notebook.run(f"{table}.values.tolist()").text == "[[1, 3, 0, 0], ['', '', '', '']]"
+    asked = api.ask_shell({"do": "log", "image": "guest/plots", "stat": True, "number": 1})  # as without a container
+    assert [row["changed"] for row in asked] == [{"packages": 1, "added": 3, "modified": 0, "deleted": 0}]
     diff = notebook.run("%container diff")
     assert diff.stdout.startswith("1 package; 3 files: 3 added, 0 modified, 0 deleted; +")
     assert "madeup" in diff.text and "1.2" in diff.text
