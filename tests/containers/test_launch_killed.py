@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
+from workbench.containers import launch, state
 
 LAUNCH = """
 import sys
@@ -47,6 +50,21 @@ def test_kill_9_at_any_point_leaves_nothing(workbench, image, who, milliseconds)
         assert time.monotonic() < until, workbench.ps(every=True)
         time.sleep(0.05)
     workbench.sweep()
+
+
+def test_two_tidy_up_at_once(workbench):
+    """A helper that outlives its client is at the same folder as whoever looks next."""
+    known = {"run_dir": "/run/workbench/nothing-there", "spec": {"layers": []}, "status": "created", "exit": None,
+             "pid": None, "tree": "tree", "maker": None}  # fmt: skip
+    with ThreadPoolExecutor(1) as other:
+        for number in range(1500):
+            folder = os.path.join(workbench.containers.folder, f"{number:012x}")
+            os.makedirs(os.path.join(folder, "tree", "upper"))
+            state.save(folder, known | {"id": f"{number:012x}"})
+            removed = other.submit(state.remove, folder)
+            launch.bury(folder, f"{number:012x}")
+            removed.result()
+    assert os.listdir(workbench.containers.folder) == []
 
 
 def test_a_folder_that_was_only_begun_goes_and_one_in_the_making_stays(workbench, image):

@@ -402,9 +402,7 @@ def bury(folder: str, name: str) -> None:
     _take_down(folder, name)
     try:
         lock = state.hold(folder)
-    except Conflict:
-        return
-    except FileNotFoundError:
+    except (Conflict, FileNotFoundError):
         return
     try:
         if os.path.basename(folder).startswith(".gone-") or not os.path.exists(os.path.join(folder, state.STATE)):
@@ -412,6 +410,8 @@ def bury(folder: str, name: str) -> None:
         else:
             state.save(folder, state.load(folder) | state.KILLED_WITH_ITS_LAUNCHER)
             state.settle(folder)
+    except (FileNotFoundError, NotFound):  # its helper lives, tidies up as well, and was quicker
+        return
     finally:
         os.close(lock)
 
