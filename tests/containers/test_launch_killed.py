@@ -52,19 +52,20 @@ def test_kill_9_at_any_point_leaves_nothing(workbench, image, who, milliseconds)
     workbench.sweep()
 
 
-def test_two_tidy_up_at_once(workbench):
+def test_two_tidy_up_at_once(tmp_path):
     """A helper that outlives its client is at the same folder as whoever looks next."""
-    known = {"run_dir": "/run/workbench/nothing-there", "spec": {"layers": []}, "status": "created", "exit": None,
-             "pid": None, "tree": "tree", "maker": None}  # fmt: skip
+    known = {"run_dir": str(tmp_path / "run" / "nothing-there"), "spec": {"layers": []}, "status": "created",
+             "exit": None, "pid": None, "tree": "tree", "maker": None}  # fmt: skip
+    containers = tmp_path / "containers"
     with ThreadPoolExecutor(1) as other:
         for number in range(1500):
-            folder = os.path.join(workbench.containers.folder, f"{number:012x}")
+            folder = str(containers / f"{number:012x}")
             os.makedirs(os.path.join(folder, "tree", "upper"))
             state.save(folder, known | {"id": f"{number:012x}"})
             removed = other.submit(state.remove, folder)
             launch.bury(folder, f"{number:012x}")
             removed.result()
-    assert os.listdir(workbench.containers.folder) == []
+    assert os.listdir(containers) == []
 
 
 def test_a_folder_that_was_only_begun_goes_and_one_in_the_making_stays(workbench, image):
