@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import other_account
+from tests.history.test_faults import fill, tree
 from tests.history.test_snapshot import DRIVER, Live, difference, listed
 from workbench.images import config
 from workbench.model import Conflict, Corrupt, InvalidInput, NotFound
@@ -53,6 +54,38 @@ def test_there_and_back(workbench: Workbench, elsewhere: Workbench, made: str, t
     assert elsewhere.image("share/plots~2").id == workbench.image("lower").id
     assert elsewhere.check() == []
     assert difference(listed(elsewhere, image), listed(workbench, image)) == []
+
+
+def test_several_large_layers_and_an_end_midway(workbench: Workbench, elsewhere: Workbench, tmp_path: Path) -> None:
+    """They are laid out at once, each in a process of its own, of which none stays behind."""
+    layers = [tree((f"file{number}", os.urandom(17 << 20), {})) for number in range(6)]
+    made, out = fill(workbench, tmp_path, *layers), tmp_path / "large.oci.tar"
+    workbench.export(made.id, str(out))
+
+    def nothing_stays() -> bool:
+        elsewhere.gc()
+        return elsewhere.images() == [] and os.listdir(elsewhere.store.home / "tmp") == [] and elsewhere.check() == []
+
+    told: list[int] = []
+
+    def impatient(_what: str, done: int, _whole: int) -> None:
+        told.append(done)
+        if done:
+            raise InterruptedError("that is enough")
+
+    with pytest.raises(InterruptedError):
+        elsewhere.load(str(out), meter=impatient)
+    assert 0 < told[-1] < 5 * (17 << 20)
+    assert len(elsewhere.store.layers()) < 6 and nothing_stays()
+    damaged = tmp_path / "damaged.oci.tar"
+    data = bytearray(out.read_bytes())
+    data[data.index(layers[1][4096:8192])] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(Corrupt, match=f"blob {made.diff_ids[1][:19]} is"):
+        elsewhere.load(str(damaged))
+    assert nothing_stays()
+    _, image, _ = elsewhere.load(str(out))
+    assert image.id == made.id and elsewhere.check() == []
 
 
 @pytest.mark.parametrize("form", ["none", "gzip", "zstd"])

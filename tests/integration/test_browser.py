@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
+from tests.jupyter.clients import ask_to_end
 from workbench.jupyter import kernelspecs
 from workbench.workbench import Workbench
 
@@ -58,8 +59,7 @@ class App:
         self.url = f"http://127.0.0.1:{found[1]}"
 
     def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(timeout=60)
+        ask_to_end(self.process, self.log)
         print(self.log.read_text())
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import socket
 import subprocess
 import time
@@ -130,6 +131,25 @@ class Argv:
             self.process.terminate()
         self.process.communicate(timeout=30)
         self.file.unlink(missing_ok=True)
+
+
+def ask_to_end(process: subprocess.Popen[Any], log: Path) -> None:
+    """SIGTERM for a server that writes to ``log``, until it has ended.
+
+    Its handler writes a line first. Where that interrupts the writing of another, Python refuses it (RuntimeError:
+    reentrant call) and the server goes on as if nobody had asked; so it is asked again.
+    """
+    until = time.monotonic() + 60
+    process.terminate()
+    while True:
+        try:
+            process.wait(timeout=2)
+            return
+        except subprocess.TimeoutExpired:
+            text = log.read_text()
+            assert time.monotonic() < until, text
+            if "reentrant call" in text and not re.search(r"received signal \d", text):
+                process.terminate()
 
 
 @contextlib.contextmanager

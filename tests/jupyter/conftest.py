@@ -19,6 +19,8 @@ import pytest
 from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 
+from tests.jupyter.clients import ask_to_end
+
 Start = Callable[..., tuple[KernelManager, BlockingKernelClient]]
 
 
@@ -111,8 +113,7 @@ class Server:
 
     def close(self) -> None:
         """Ask it to end; what it said is shown with a failed test."""
-        self.process.terminate()
-        self.process.wait(timeout=30)
+        ask_to_end(self.process, self.log)
         print(self.log.read_text())
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import websocket
 
-from tests.jupyter.clients import HUNGRY, Outputs, family
+from tests.jupyter.clients import HUNGRY, Outputs, ask_to_end, family, gone
 from tests.jupyter.conftest import Server
 from workbench.linux import cgroup
 
@@ -229,10 +229,9 @@ def test_a_removed_image_is_told_to_the_browser(server: Server) -> None:
         folder.rmdir()
 
 
-@pytest.mark.parametrize("how", ["terminate", "kill"])
+@pytest.mark.parametrize("how", ["asked", "killed"])
 def test_an_ended_server_leaves_nothing(image: str, tmp_path: Path, how: str) -> None:
     from tests.conftest import our_processes
-    from tests.jupyter.clients import gone
 
     before = set(our_processes())
     server = Server(tmp_path)
@@ -241,8 +240,11 @@ def test_an_ended_server_leaves_nothing(image: str, tmp_path: Path, how: str) ->
         assert notebook.run("1 + 1").text == "2"
         everything = family(before)
         assert len(everything) >= 3
-        getattr(server.process, how)()
-        server.process.wait(timeout=30)
+        if how == "asked":
+            ask_to_end(server.process, server.log)
+        else:
+            server.process.kill()
+            server.process.wait(timeout=30)
     finally:
         server.process.kill()
         server.process.wait()

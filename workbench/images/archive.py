@@ -12,15 +12,17 @@ import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from workbench.images import config
+from workbench.images import config, together
 from workbench.images.files import clear_errors
 from workbench.images.source import MEMBERS, TRIED, Checked, Source, opened, packed, unpack
 from workbench.images.store import Store
+from workbench.images.together import GoOn
 from workbench.model import Corrupt, Image, InvalidInput, Meter, NotFound
 
 _ALONG = 64 << 20  # bytes of a file that comes along
@@ -87,8 +89,8 @@ def take(store: Store, source: Source, ref: str = "", meter: Meter | None = None
     """Take the image of an opened archive into the store.
 
     ref: which one, where it holds several (the annotation ``org.opencontainers.image.ref.name``, or Docker's
-    name:tag); meter: is told of each layer. Raises NotFound, InvalidInput, Corrupt, HostLacks; in none of these cases
-    anything stays but layers that nothing names, which gc takes.
+    name:tag); meter: is told how far it is, and may end it. Raises NotFound, InvalidInput, Corrupt, HostLacks; in none
+    of these cases anything stays but layers that nothing names, which gc takes.
     """
     with clear_errors(TRIED, str(store.home)), _well_formed():
         if source.has("index.json"):
@@ -101,12 +103,11 @@ def take(store: Store, source: Source, ref: str = "", meter: Meter | None = None
         if len(wanted) != len(layers):
             raise Corrupt(TRIED, f"the config names {len(wanted)} layers, the manifest {len(layers)}", "get it again")
     with clear_errors(TRIED, str(store.home)), store.lease(*wanted), store.staging() as staging:
-        sizes = [blob.size or 0 for blob in layers]  # Docker's archives name none
-        for number, (diff_id, blob) in enumerate(zip(wanted, layers, strict=True)):
+        missing: dict[str, _Layer] = {}
+        for diff_id, blob in zip(wanted, layers, strict=True):
             if not store.has_layer(diff_id):
-                if meter and any(sizes):
-                    meter("reading", sum(sizes[:number]), sum(sizes))
-                _layer(store, source, blob, diff_id, staging / "layer.tar")
+                missing.setdefault(diff_id, blob)
+        _lay_out(store, source, missing, staging, meter)
         image = store.add_image(data)
         _take_ancestors(source, store, image)
         return image
@@ -203,7 +204,23 @@ def _for_this_machine(entries: list[_Descriptor]) -> _Descriptor:
     raise NotFound(TRIED, f"it holds no image for linux/{wanted}", "get one for this machine")
 
 
-def _layer(store: Store, source: Source, blob: _Layer, diff_id: str, unpacked: Path) -> None:
+def _lay_out(store: Store, source: Source, layers: dict[str, _Layer], staging: Path, meter: Meter | None) -> None:
+    """Take layers, by their ``diff_id``, into the store: several at once, the largest first."""
+    sizes = {diff_id: blob.size or 0 for diff_id, blob in layers.items()}  # Docker's archives name none
+    whole, done = sum(sizes.values()), set[str]()
+
+    def piece(diff_id: str, go_on: GoOn) -> None:
+        _layer(store, source, layers[diff_id], diff_id, staging / diff_id[7:], go_on)
+        done.add(diff_id)
+
+    def tell(_number: int) -> None:
+        if meter and whole:
+            meter("reading", sum(sizes[diff_id] for diff_id in list(done)), whole)
+
+    together.run([partial(piece, diff_id) for diff_id in sorted(sizes, key=sizes.__getitem__, reverse=True)], tell)
+
+
+def _layer(store: Store, source: Source, blob: _Layer, diff_id: str, unpacked: Path, go_on: GoOn) -> None:
     """Take a layer from its blob, which is held against its digest and size, where they are known.
 
     unpacked: a new file for the plain tar of one that is compressed; another is read where it lies.
@@ -214,19 +231,20 @@ def _layer(store: Store, source: Source, blob: _Layer, diff_id: str, unpacked: P
     if not plain or digest not in ("", diff_id):
         with source.open(name) as file:
             checked = Checked(file)
-            unpack(checked, unpacked)
+            unpack(checked, unpacked, go_on)
         _hold(checked, blob)
-        store.add_tar(unpacked, diff_id)
+        store.add_tar(unpacked, diff_id, meanwhile=go_on)
+        unpacked.unlink()
         return
     fd, length = source.place(name)
     try:
         if blob.size not in (None, length):
             raise Corrupt(TRIED, f"blob {digest[:19]} has {length} bytes, not {blob.size}", "get the archive again")
-        store.add_tar(fd, diff_id, length)
+        store.add_tar(fd, diff_id, length, meanwhile=go_on)
     except (InvalidInput, Corrupt):
         with source.open(name) as file:  # damage is told from what was made so
             checked = Checked(file)
-            checked.rest()
+            checked.rest(go_on)
         _hold(checked, blob)
         raise
     finally:

@@ -63,16 +63,19 @@ def opened(path: Path | str, staging: Callable[[], AbstractContextManager[Path]]
         yield source
 
 
-def unpack(checked: Checked, target: Path) -> None:
-    """A file's bytes, decompressed if they are, into another. Raises HostLacks, Corrupt."""
-    room = shutil.disk_usage(target.parent).free - _SPARE
+def unpack(checked: Checked, target: Path, meanwhile: Callable[[], None] | None = None) -> None:
+    """A file's bytes, decompressed if they are, into another. Raises HostLacks, Corrupt.
+
+    meanwhile: called for each megabyte; what it raises ends it.
+    """
     with open(target, "wb") as out:
         for chunk in _plain(checked):
-            room -= len(chunk)
-            if room < 0:  # before the disk is full for everybody
+            if shutil.disk_usage(target.parent).free - len(chunk) < _SPARE:  # before the disk is full for everybody
                 raise HostLacks(TRIED, "it unpacks to more than the disk has left", "free some, or distrust it")
             out.write(chunk)
-    checked.rest()
+            if meanwhile:
+                meanwhile()
+    checked.rest(meanwhile)
 
 
 class Source:
@@ -271,10 +274,11 @@ class Checked:
         self._hash.update(data)
         return data
 
-    def rest(self) -> None:
-        """Hash what was not read."""
+    def rest(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Hash what was not read. meanwhile: as of ``unpack``."""
         while self.read(_CHUNK):
-            pass
+            if meanwhile:
+                meanwhile()
 
     @property
     def digest(self) -> str:

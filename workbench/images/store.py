@@ -165,17 +165,24 @@ class Store:
             self._keep(path, found, None)
         return str(found["diff_id"])
 
-    def add_tar(self, source: Path | str | int, expected: str | None = None, size: int | None = None) -> str:
+    def add_tar(
+        self, source: Path | str | int, expected: str | None = None, size: int | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> str:  # fmt: skip
         """Lay out an uncompressed OCI tar as a layer; its diff_id.
 
-        source: a path, or a descriptor of which it is the next ``size`` bytes.
+        source: a path, or a descriptor of which it is the next ``size`` bytes; meanwhile: as of ``write_tar``.
         Raises Corrupt when that is not ``expected``, InvalidInput for a hostile or broken archive,
         HostLacks without space. In none of these cases anything stays.
         """
         with files.clear_errors("add a layer", str(self.home)), self.staging() as staging:
             tree, record = str(staging / "tree"), str(staging / "record")
             given, fds = (source, (source,)) if isinstance(source, int) else (os.path.abspath(source), ())
-            found = userns.call("workbench.images.layer:lay_out", given, tree, record, size, fds=fds)
+            length = os.stat(given).st_size if size is None else size
+            found = userns.call(
+                "workbench.images.layer:lay_out", given, tree, record, size, fds=fds,
+                apart=meanwhile is not None and length > _LONG, meanwhile=meanwhile,
+            )  # fmt: skip
             if expected is not None and found["diff_id"] != expected:
                 raise Corrupt("add a layer", f"the archive is {found['diff_id'][:19]}, not {expected[:19]}", _AGAIN)
             self._keep(tree, found, record if os.path.exists(record) else None)
