@@ -9,12 +9,11 @@ import errno
 import fcntl
 import hashlib
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from workbench.linux import userns
+from workbench.linux import trees, userns
 from workbench.model import HostLacks, WorkbenchError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -209,8 +208,8 @@ def discard(path: str) -> None:
         if userns.host_ids().kind == "root":
             userns.call("workbench.images.layer:remove", path)
             return
-        with suppress(OSError, RecursionError):
-            shutil.rmtree(path)
+        with suppress(OSError):
+            trees.remove(path)
             return
         userns.call("workbench.images.layer:remove", path)
     except FileNotFoundError:

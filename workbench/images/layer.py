@@ -26,7 +26,7 @@ from workbench.images.normalise import normalise as normalise
 from workbench.images.sink import Sink
 from workbench.images.tree import ESCAPED, OPAQUE, OVERLAY, below, is_whiteout, kept_xattrs, walk
 from workbench.linux.trees import remove as remove
-from workbench.model import Conflict, Corrupt, InvalidInput
+from workbench.model import Conflict, Corrupt, InvalidInput, WorkbenchError
 
 WHITEOUT = b".wh."
 OPAQUE_MARK = b".wh..wh..opq"
@@ -449,3 +449,18 @@ def remake(tree: str, record: str | None, out: str | int | None = None) -> dict[
         finally:
             sink.close()
             os.close(root)
+
+
+def wrong(layers: list[tuple[str, str | None, str]]) -> list[str]:
+    """What is wrong with the files of each layer (its tree, its record, its diff_id), or nothing."""
+    return [_wrong(*layer) for layer in layers]
+
+
+def _wrong(tree: str, record: str | None, diff_id: str) -> str:
+    try:
+        found = remake(tree, record)
+    except WorkbenchError as error:
+        return error.obstacle
+    except OSError as error:
+        return str(error)
+    return "" if found["diff_id"] == diff_id else "its files are not what its digest says"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from workbench.images import tar
+from workbench.images.aside import Aside
 from workbench.model import Conflict
 
 
@@ -26,8 +26,7 @@ class Sink:
         self._done = False
         self._hash = hashlib.sha256()
         self._buffer = bytearray()
-        self._thread = ThreadPoolExecutor(1, "tar")
-        self._piece: Future[None] | None = None
+        self._aside = Aside("tar")
         self.size = 0
 
     def write(self, data: bytes) -> None:
@@ -37,14 +36,9 @@ class Sink:
             self._flush()
 
     def _flush(self) -> None:
-        self._wait()
+        self._aside.start(self._pass_on, self._buffer)
         self.size += len(self._buffer)
-        self._piece = self._thread.submit(self._pass_on, self._buffer)
         self._buffer = bytearray()
-
-    def _wait(self) -> None:
-        if self._piece is not None:
-            self._piece.result()
 
     def _pass_on(self, data: bytearray) -> None:
         self._hash.update(data)
@@ -75,7 +69,7 @@ class Sink:
     def finish(self, *, durable: bool = True) -> dict[str, Any]:
         """All is there: ``diff_id`` and ``size``, durable when this returns unless that is not asked for."""
         self._flush()
-        self._wait()
+        self._aside.wait()
         if self._path is not None and durable:
             os.fsync(self._fd)
         self._done = True
@@ -83,7 +77,7 @@ class Sink:
 
     def close(self) -> None:
         """Close the file; one that was not finished goes."""
-        self._thread.shutdown()
+        self._aside.close()
         if self._path is not None:
             unwanted = not self._done and stat.S_ISREG(os.fstat(self._fd).st_mode)
             if unwanted:

@@ -12,13 +12,12 @@ import hashlib
 import os
 import re
 import struct
-import tarfile
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
+from workbench.images.aside import Aside
 from workbench.model import Corrupt, InvalidInput
 
 BLOCK = 512
@@ -192,6 +191,8 @@ def _head(block: bytes) -> _Head:
         if checksum == sum(block) - sum(block[148:156]) + 8 * ord(" "):
             name, link = block[:100].partition(b"\0")[0], block[157:257].partition(b"\0")[0]
             return _Head(name, fields[7], mode, uid, gid, size, mtime, link)
+    import tarfile  # rarely needed, and 5 ms of each process that reads or writes a layer
+
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError) as error:
@@ -228,8 +229,7 @@ class Reader:
     def __init__(self, fd: int, record: Record | None = None, limit: int | None = None) -> None:
         self._fd, self._record, self._limit = fd, record, limit
         self._hash, self._form = hashlib.sha256(), hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1, "tar")  # hashes one piece while the files of another are made
-        self._hashing: Future[None] | None = None
+        self._aside = Aside("tar")  # hashes one piece while the files of another are made
         self._chunk = memoryview(b"")
         self._globals: dict[bytes, bytes] = {}
         self._content = 0  # bytes of the present file's content that were not taken yet
@@ -238,7 +238,7 @@ class Reader:
     @property
     def digest(self) -> str:
         """``sha256:<hex>`` of what was read so far; of the whole after the last entry."""
-        self._wait()
+        self._aside.wait()
         return "sha256:" + self._hash.hexdigest()
 
     @property
@@ -248,20 +248,16 @@ class Reader:
 
     def close(self) -> None:
         """End its thread; the descriptor stays."""
-        self._thread.shutdown()
-
-    def _wait(self) -> None:
-        if self._hashing is not None:
-            self._hashing.result()
+        self._aside.close()
 
     def _fill(self) -> bool:
         if not self._chunk:
             data = os.read(self._fd, CHUNK if self._limit is None else min(CHUNK, self._limit - self.size))
-            self._wait()
+            self._aside.wait()
             if len(data) < CHUNK:
                 self._hash.update(data)
             else:
-                self._hashing = self._thread.submit(self._hash.update, data)
+                self._aside.start(self._hash.update, data)
             self.size += len(data)
             self._chunk = memoryview(data)
         return bool(self._chunk)
