@@ -126,7 +126,8 @@ class Limits:
         for name, least in (("memory", 1), ("processes", 1), ("cpus", 0.001)):
             value = getattr(self, name)
             if value is not None and not least <= value <= 1 << 62:  # nor is it "not a number"
-                raise InvalidInput(f"limit {name}", f"{value!r} is no limit", "give a number greater than 0")
+                remedy = "leave it out" if value > 1 << 62 else "give a number greater than 0"
+                raise InvalidInput(f"limit {name}", f"{value!r} is no limit", remedy)
 
     def stricter(self, other: Limits) -> Limits:
         """The smaller of each limit: an image can narrow what the configuration grants, never widen it."""

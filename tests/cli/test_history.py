@@ -57,6 +57,9 @@ def test_from_change_to_launch(cli, container):
     assert [row["changed"] for row in entries] == [{"packages": 0, "added": 4, "modified": 0, "deleted": 1}, None]
     assert f"Parent: {entries[1]['id'][7:19]}\n" in log.out and "\tA" not in log.out
     assert "A\t/opt/seed/f  0 B -> 4 B\n" in cli("log", "--stat", "shell-made").out
+    lines = cli("log", "--oneline", "--stat", "-n", "1", "shell-made").out.splitlines()
+    assert "shell-made" in lines[0] and "A\t/opt/seed/f  0 B -> 4 B" in lines[1:]
+    assert "leave out --graph or --stat" in cli("log", "--graph", "--stat", "shell-made").err
     diff = cli("diff", "shell-made~1", "shell-made", "--name-status").out.splitlines()
     assert diff == [
         "A\t/opt/seed/",

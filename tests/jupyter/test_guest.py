@@ -263,6 +263,10 @@ def test_in_a_kernel_without_a_container(image: str, tmp_path: Path) -> None:
         assert "built from a recipe" in run(client, "%container log --oneline python").stdout
         assert "in no container" in run(client, "%container snapshot -m x").stderr
         assert run(client, "%container log --stat -n 0 python").text.startswith("Empty DataFrame")
+        log = "%container log --stat -n 0 python"
+        assert len(run(client, f"{log}\nfor _ in range(2):\n    {log}\n{log}").data) == 4  # not only the last one
+        kept = run(client, f"x = {log}\ny = [{log[1:]!r}]\nprint(len(x))")
+        assert kept.stdout == "0\n" and kept.data == []
         assert "name an image" in run(client, "%container log").stderr
         assert "no parent" in run(client, "%container diff python~1 python").stderr
     finally:

@@ -62,6 +62,8 @@ def log(bench: Workbench, options: Any, _: Get) -> int:
     """``log IMAGE``, ``log --all``."""
     if bool(options.image) == options.all:
         raise InvalidInput("show a history", "it wants an image, or --all, and not both", "see `log --help`")
+    if options.graph and options.stat:
+        raise InvalidInput("show a history", "--graph has one line for each image", "leave out --graph or --stat")
     entries: list[Entry] = []
     lines: list[str] = []
     drawn = options.graph or options.all
@@ -82,6 +84,8 @@ def log(bench: Workbench, options: Any, _: Get) -> int:
     elif options.oneline:
         for entry in entries:
             show.say(f"{entry.id[7:19]}{_names(entry)} {entry.summary}")
+            if options.stat and (found := bench.brought(entry)):
+                _print(found, stat=True)
     else:
         for number, entry in enumerate(entries):
             show.say(*([""] if number else []), *_told(entry))

@@ -36,6 +36,33 @@ def run(line: str) -> Any:
 
 def load(shell: Any) -> None:
     """Add ``%container`` to an IPython."""
-    shell.register_magic_function(run, "line", "container")
+
+    def container(line: str) -> Any:
+        value = run(line)
+        if value is None or not _is_dropped(shell.user_global_ns):
+            return value
+        from IPython.display import display
+
+        return display(value)
+
+    container.__doc__ = words.HELP
+    shell.register_magic_function(container, "line", "container")
     if os.path.exists(SOCKET):
         succession.greet(shell)
+
+
+def _is_dropped(names: Any) -> bool:
+    """Whether the statement of a user's that is being run does nothing with its value.
+
+    IPython shows the value of a cell's last line only; a verb that one cannot see has not done what it is for. The last
+    one is compiled to print it, and one that is assigned to store it. names: what users' code has for globals.
+    """
+    import dis
+
+    frame = sys._getframe()
+    while frame.f_globals is not names:
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return next((step.opname == "POP_TOP" for step in dis.get_instructions(frame.f_code)
+                 if step.offset > frame.f_lasti), False)  # fmt: skip
