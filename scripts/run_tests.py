@@ -10,6 +10,7 @@ machine for themselves say so with the mark ``alone``, see tests/conftest.py.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import pwd
@@ -42,8 +43,14 @@ PASSED_ON = (
 )
 #: The variable that tells the parts in which folder they agree about turns; a word of a part's command.
 TURNS = "WORKBENCH_TEST_TURNS="
-#: What the second part leaves out: sources are looked at where they are, and what is the same for both, once.
-SECOND = ("--ignore=tests/test_house.py", "-m", "not once")
+#: The word that stands before it in the second part of root's, which makes its account ready first.
+PREPARE = "--prepare"
+#: A file in that folder while the account is not ready yet, see ``other_account`` of tests/conftest.py.
+PREPARING = "preparing"
+#: What a part leaves out where there are two: the marks say whose is what is the same for both.
+FIRST = ("-m", "not second")
+#: Sources are looked at where they are.
+SECOND = ("--ignore=tests/test_house.py", "-m", "not first")
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,8 @@ def main(arguments: Sequence[str]) -> int:
     # Started in the background by a shell it is ignored, also in what the tests start and interrupt.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        if arguments[:1] == [PREPARE]:
+            return as_account_once_ready(*arguments[1:])
         parts = parts_of_root(arguments) if os.geteuid() == 0 else parts_of_a_user(arguments)
     except StepError as error:
         print(f"run_tests: {error}", file=sys.stderr)
@@ -80,7 +89,7 @@ def run(parts: Sequence[Part]) -> dict[str, int]:
     """All at once; the first one's output is shown as it comes, the others' after it, and then as it comes."""
     with tempfile.TemporaryDirectory(prefix="tests") as folder:
         os.chmod(folder, 0o755)
-        for name in ("turn", "gate"):
+        for name in ("turn", "gate", *(PREPARING for part in parts if PREPARE in part.command)):
             Path(folder, name).touch()
         started = []
         for number, part in enumerate(parts):
@@ -113,14 +122,25 @@ def follow(path: Path, process: subprocess.Popen[bytes]) -> None:
 
 
 def parts_of_root(arguments: Sequence[str]) -> list[Part]:
-    """Root's way."""
-    python, project = prepare_account()
-    here = ["env", TURNS, str(VENV / "bin" / "python"), "-m", "pytest", *arguments]
-    there = [*as_account(python), "-m", "pytest", *SECOND, *arguments]
-    return [
-        Part("as root", here, TOP),
-        Part(f"as {ACCOUNT} (what is the same for both is in root's part)", there, project),
-    ]
+    """Root's way. Its own part begins while the other's account is being made ready."""
+    here = ["env", TURNS, str(VENV / "bin" / "python"), "-m", "pytest", *FIRST, *arguments]
+    there = [sys.executable, str(Path(__file__).resolve()), PREPARE, TURNS, *arguments]
+    return [Part("as root", here, TOP), Part(f"as {ACCOUNT}", there, TOP)]
+
+
+def as_account_once_ready(turns: str, *arguments: str) -> int:
+    """Make the account ready, and become its run of pytest. turns: TURNS with the folder."""
+    folder = Path(turns.partition("=")[2])
+    try:
+        with open(folder / "turn") as turn:
+            fcntl.flock(turn, fcntl.LOCK_SH)  # no test is alone meanwhile
+            python, project = prepare_account()
+    finally:
+        (folder / PREPARING).unlink(missing_ok=True)
+    command = [*(turns if word == TURNS else word for word in as_account(python)), "-m", "pytest", *SECOND, *arguments]
+    sys.stdout.flush()
+    os.chdir(project)
+    os.execvp(command[0], command)
 
 
 def as_account(python: Path) -> list[str]:
@@ -139,8 +159,10 @@ def as_account(python: Path) -> list[str]:
 def parts_of_a_user(arguments: Sequence[str]) -> list[Part]:
     """Everybody else's way."""
     python = [str(VENV / "bin" / "python"), "-m", "pytest"]
-    parts = [Part(f"as {pwd.getpwuid(os.geteuid()).pw_name}", ["env", TURNS, *python, *arguments], TOP)]
+    who = f"as {pwd.getpwuid(os.geteuid()).pw_name}"
+    parts = [Part(who, ["env", TURNS, *python, *arguments], TOP)]
     if as_root() == ["sudo", "-n"]:
+        parts = [Part(who, ["env", TURNS, *python, *FIRST, *arguments], TOP)]
         # As root, but leaving no file of root's in this checkout.
         quiet = ["sudo", "-n", "env", TURNS, "PYTHONDONTWRITEBYTECODE=1", f"CI={os.environ.get('CI', '')}"]
         without = ["-p", "no:cacheprovider", *SECOND]

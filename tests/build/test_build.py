@@ -109,7 +109,7 @@ def test_the_kernel_stands_in_the_config(bench, image):
     assert dict(found.labels) == {"org.jupyter.workbench.suite": "bookworm"}
 
 
-@pytest.mark.once
+@pytest.mark.second
 def test_bytecode_of_a_wheel_is_compiled_once_and_the_same(bench, home):
     """One package more takes that of the others from an earlier build, to the same image as without."""
     apt = '[base]\nsuite = "bookworm"\n[apt]\npackages = ["python3"]\n[python]\npackages = {}\n'
@@ -138,7 +138,7 @@ def test_bytecode_of_a_wheel_is_compiled_once_and_the_same(bench, home):
     assert six.read_bytes() == whole  # made anew
 
 
-@pytest.mark.once
+@pytest.mark.first
 def test_addresses_of_mirrors_leave_no_trace(bench, monkeypatch):
     """Other addresses of the same archives, as a host behind a mirror has them; in no cache, and never locked."""
     again = random.randint(2, 999)

@@ -55,7 +55,7 @@ def locked(original, tmp_path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "locked"))
 
 
-@pytest.mark.once
+@pytest.mark.second
 def test_another_machine_makes_the_same_image(cli, locked, elsewhere):
     """Another store, folder, locale, time zone, umask, clock, host name and number of processors; no network at all,
     and addresses that lead nowhere but would leave a mark."""
@@ -114,7 +114,7 @@ def aged(folder: Path, name: str) -> dict[str, str]:
     return {"before": "0.0.1", "after": version}
 
 
-@pytest.mark.once
+@pytest.mark.second
 def test_what_cannot_be_had_any_more_is_one_line_and_refresh_renews_just_that(cli, locked):
     for name in ("hello", "six"):
         versions = aged(locked, name)
@@ -133,7 +133,7 @@ def test_what_cannot_be_had_any_more_is_one_line_and_refresh_renews_just_that(cl
         assert json.loads(cli("build", str(locked), "--json").out)["identical"]
 
 
-@pytest.mark.once
+@pytest.mark.second
 def test_a_lock_of_another_recipe_is_refused(cli, locked):
     path = locked / "recipe.toml"
     path.write_text(path.read_text().replace('"hello"', '"hello", "sl"'))

@@ -628,7 +628,7 @@ def _windowed(log: int) -> Archive:
     return Archive(packed=header + raw + zeros, rootfs={"diff_ids": [digest(data)]})
 
 
-@pytest.mark.once
+@pytest.mark.first
 def test_bombs(victim: Victim, place: Path) -> None:
     for case, (make, wanted) in BOMBS.items():
         victim.peak = 0

@@ -165,7 +165,7 @@ def megabytes(dashboard: Locator) -> float:
     return float(number) * {"B": 1e-6, "KiB": 1e-3, "MiB": 1, "GiB": 1024}[unit]
 
 
-@pytest.mark.once
+@pytest.mark.first
 @pytest.mark.usefixtures("tidy_store")
 def test_the_dashboard_is_alive(image, tmp_path, page, no_news):
     """It shows what goes on, takes a snapshot beside a cell that runs, and goes on after restarts of two kinds."""
@@ -288,7 +288,7 @@ if PICTURES:
             shutil.rmtree(root)
 
 
-@pytest.mark.once
+@pytest.mark.first
 def test_the_launcher_with_twenty_images(image, tmp_path, page, no_news):
     """Each can be told from the others, with a logo; those of one language stand together."""
     root = tmp_path / "root"
@@ -323,7 +323,7 @@ def test_the_launcher_with_twenty_images(image, tmp_path, page, no_news):
             bench.refs.delete(name)
 
 
-@pytest.mark.once
+@pytest.mark.first
 def test_notebook_7_runs_a_notebook(image, tmp_path, page):
     root = tmp_path / "root"
     root.mkdir()

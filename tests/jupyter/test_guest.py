@@ -108,7 +108,7 @@ def test_the_dashboard_is_kept_up_as_long_as_it_is_seen(start: Start) -> None:
     assert run(client, WATCHERS).stdout == "[]\n"
 
 
-@pytest.mark.once
+@pytest.mark.first
 def test_a_dashboard_that_nobody_hears_leaves_its_kernel_idle(server: Server) -> None:
     """A tab that is closed tells nothing of its views; a server ends kernels that were idle for long."""
     notebook = Session(server)

@@ -54,7 +54,7 @@ def test_r_is_relayed_from_its_own_loopback(start: Start, built) -> None:
     assert run(client, "cat(3)").stdout == "3"
 
 
-@pytest.mark.once
+@pytest.mark.second
 def test_r_loses_none_of_a_flood(start: Start, built) -> None:
     _, client = start(kernel_name=built("r"))
     assert flood(client, 'for (i in 1:100) cat(strrep("x", 1000000))') == 100_000_000
