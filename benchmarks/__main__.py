@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import pwd
+import shutil
 import subprocess
 import sys
 import time
@@ -20,10 +21,19 @@ from typing import Any
 from benchmarks.measure import Figure
 from benchmarks.scene import TOP, folders, say, stage
 
+#: Bytes of the disk that all groups of figures take at a time, and the largest group alone. Nothing is removed in
+#: between: ext4 makes files slowly for a while after that.
+ROOM, ROOM_OF_ONE = 40 << 30, 24 << 30
+
 
 def main() -> int:
     """Exit code 1 when something could not be measured; a goal that is missed is said by the table."""
     options = _options()
+    free, wanted = shutil.disk_usage("/tmp").free, ROOM_OF_ONE if options.only else ROOM
+    if free < wanted:
+        say(f"bench: the figures take up to {wanted >> 30} GiB in /tmp, where {free >> 30} are free; free some, or "
+            "choose a group with --only WORD")  # fmt: skip
+        return 1
     started = time.monotonic()
     rows = _measure(options)
     if os.geteuid() == 0 and not options.only_me:
