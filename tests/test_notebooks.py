@@ -24,6 +24,8 @@ SHOWN = {
     "r": {"text/html", "image/png"},
     "snapshot": {"text/html"},
 }
+#: As those of the recipes, tests/recipes/test_recipes.py.
+ONCE = {"tensorflow": pytest.mark.second, "sklearn": pytest.mark.first}
 
 
 @pytest.fixture
@@ -36,7 +38,9 @@ def tidy(cli) -> Iterator[None]:
     cli("gc")
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+@pytest.mark.parametrize(
+    "path", [pytest.param(path, id=path.stem, marks=ONCE.get(path.stem, ())) for path in NOTEBOOKS]
+)
 def test_a_tutorial_runs(path, image, cli, tmp_path, request):
     if path.stem == "snapshot":
         request.getfixturevalue("tidy")

@@ -109,7 +109,7 @@ def test_the_kernel_stands_in_the_config(bench, image):
     assert dict(found.labels) == {"org.jupyter.workbench.suite": "bookworm"}
 
 
-@pytest.mark.second
+@pytest.mark.first
 def test_bytecode_of_a_wheel_is_compiled_once_and_the_same(bench, home):
     """One package more takes that of the others from an earlier build, to the same image as without."""
     apt = '[base]\nsuite = "bookworm"\n[apt]\npackages = ["python3"]\n[python]\npackages = {}\n'
@@ -182,6 +182,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.second
 @pytest.mark.parametrize(("step", "name", "more", "said"), REFUSED, ids=[each[1] for each in REFUSED])
 def test_what_cannot_be_had_is_one_line_with_a_log(bench, step, name, more, said):
     base = '[base]\nsuite = "bookworm"\n' if step == "apt" else BOOKWORM
@@ -205,6 +206,7 @@ def test_what_has_no_wheel_is_built_from_source(bench):
     assert any("building wheel from source" in line for line in bench.lines)
 
 
+@pytest.mark.first
 def test_a_failed_base_says_why(elsewhere):
     """The host's settings are wrong: nothing is reached, and nothing of it stays."""
     settings = discover(suite="bookworm")

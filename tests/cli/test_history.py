@@ -85,7 +85,7 @@ def test_without_a_name_it_gets_one(cli, container):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (["snapshot", "ffff", "-m", "x"], "no container is called"), (["snapshot"], "there are 0 containers"),
+        (["snapshot", "ffff", "-m", "x"], "no container is called"), (["snapshot"], "there is no container"),
         (["log", "nothing"], "there is none named"), (["diff", "python", "python~1"], "has no parent"),
         (["show", "python@{3}"], "has not moved 3 times"), (["tag", "UPPER", "python"], "is not one"),
     ],

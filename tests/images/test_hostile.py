@@ -320,6 +320,7 @@ def _many_times(number: int) -> Archive:
     return made
 
 
+@pytest.mark.first
 def test_manifests(victim: Victim, place: Path) -> None:
     for case, (make, wanted) in JSON.items():
         taken = victim.tried(case, make().write(place / "evil.tar"))

@@ -55,6 +55,8 @@ def test_a_notebook_keeps_what_it_installed(server: Server) -> None:
     )
     log = notebook.run("%container log --oneline").stdout.splitlines()
     assert (len(log) == 2 and log[0].endswith("(guest/plots:latest) Add madeup")) or "(guest/plots)" in log[0]
+    with_counts = notebook.run("%container log --oneline --stat").stdout.splitlines()
+    assert with_counts == [log[0], "    1 package, 3 added, 0 modified, 0 deleted", log[1]]
     assert "parent" in notebook.run("%container log").text  # a table
     table = "get_ipython().run_line_magic('container', 'log --stat')[['packages', 'added', 'modified', 'deleted']]"
     assert notebook.run(f"{table}.values.tolist()").text == "[[1, 3, 0, 0], ['', '', '', '']]"

@@ -148,6 +148,7 @@ def test_a_large_snapshot(start: Start, home: Path, cli: Any) -> None:
     run(client, "thread.join()")
 
 
+@pytest.mark.first
 def test_an_archive_from_inside_is_that_of_the_command_line(
     start: Start, home: Path, cli: Any, tmp_path: Path, elsewhere: Path
 ) -> None:

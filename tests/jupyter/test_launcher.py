@@ -154,6 +154,7 @@ def test_curve_is_never_clear(tmp_path: Path) -> None:
         assert kernel.process.poll() is None
 
 
+@pytest.mark.first
 def test_flood_through_a_slow_client(tmp_path: Path) -> None:
     """100 MB of output, and a client that reads nothing for a while: not one byte is lost."""
     with argv_kernel(tmp_path) as (_, client):

@@ -11,6 +11,8 @@ from tests.conftest import TOP
 from workbench.build import recipe
 
 NAMES = sorted(recipe.shipped())
+#: What takes long and differs from others in its Python packages only.
+ONCE = {"python-tensorflow-linux": pytest.mark.second, "python-sklearn": pytest.mark.first}
 
 
 def test_all_that_are_in_the_folder_are_shipped():
@@ -18,7 +20,7 @@ def test_all_that_are_in_the_folder_are_shipped():
     assert {"python", "python-tensorflow-linux", "python-sklearn", "r", "bash", "debian-trixie"} <= set(NAMES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=ONCE.get(name, ())) for name in NAMES])
 def test_it_builds_from_its_lock_and_keeps_its_promises(cli, name):
     done = cli("build", str(TOP / "recipes" / name), "--refresh", "--json", timeout=280)
     assert done.code == 0, done.err
@@ -40,6 +42,7 @@ def test_the_shell_is_small(cli):
     assert images(cli)["bash:latest"]["size"] < 150e6
 
 
+@pytest.mark.first
 def test_what_stands_on_another_recipe_shares_its_layers(cli, image):
     row = json.loads(cli("build", str(TOP / "recipes" / "python-sklearn"), "--refresh", "--json", timeout=280).out)
     below = images(cli)["python:latest"]["id"]

@@ -55,6 +55,8 @@ def _the_only(bench: Workbench) -> str:
     rows = bench.ps(True)
     if len(rows) == 1:
         return str(rows[0]["id"])
+    if not rows:
+        raise InvalidInput("take a snapshot", "there is no container", "open a notebook on a kernel of an image first")
     raise InvalidInput("take a snapshot", f"there are {len(rows)} containers", "name one, see `jupyter workbench ps`")
 
 

@@ -43,7 +43,8 @@ def load(shell: Any) -> None:
             return value
         from IPython.display import display
 
-        return display(value)
+        display(value)  # type: ignore[no-untyped-call, unused-ignore]
+        return None
 
     container.__doc__ = words.HELP
     shell.register_magic_function(container, "line", "container")

@@ -116,6 +116,9 @@ def show_log(value: Any, request: Request) -> Any:
     if request.get("oneline"):
         for entry in value:
             say("{}{} {}".format(entry["id"][7:19], _names(entry), entry["message"].split("\n")[0]))
+            if (changed := entry.get("changed")) is not None:
+                packages = count(changed["packages"], "package")
+                say("    {}, {added} added, {modified} modified, {deleted} deleted".format(packages, **changed))
         return None
     rows = [
         {"image": entry["id"][7:19], "names": ", ".join(entry["names"]), "message": entry["message"].split("\n")[0],

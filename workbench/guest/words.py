@@ -9,7 +9,7 @@ from .api import Refused, Request
 HELP = """\
 %container status                    this container: image, changes, memory, processor
 %container snapshot -m "what changed" [-t NAME] [-a AUTHOR] [--dry-run]
-%container log [IMAGE] [-n N] [--oneline | --stat]
+%container log [IMAGE] [-n N] [--oneline] [--stat]
 %container diff [ONE [OTHER]] [--files]
 %container show [IMAGE]
 %container checkout [-f] IMAGE       this kernel anew in that environment (variables go, files of the container too)
