@@ -45,12 +45,12 @@ PASSED_ON = (
 TURNS = "WORKBENCH_TEST_TURNS="
 #: The word that stands before it in the second part of root's, which makes its account ready first.
 PREPARE = "--prepare"
-#: A file in that folder while the account is not ready yet, see ``other_account`` of tests/conftest.py.
-PREPARING = "preparing"
 #: What a part leaves out where there are two: the marks say whose is what is the same for both.
 FIRST = ("-m", "not second")
 #: Sources are looked at where they are.
 SECOND = ("--ignore=tests/test_house.py", "-m", "not first")
+#: pytest's exit code where no test is left.
+NOTHING_TO_DO = 5
 
 
 @dataclass(frozen=True)
@@ -82,21 +82,27 @@ def main(arguments: Sequence[str]) -> int:
         say("Not covered: everything that only root can do. Run `sudo make test` for it.")
     say(f"all parts: {time.monotonic() - started:.0f} s")
     missed = len(parts) == 1 and bool(os.environ.get("CI"))
-    return next((code for code in results.values() if code), int(missed))
+    # All that was asked for may be one part's.
+    codes = [code for code in results.values() if code != NOTHING_TO_DO] or [NOTHING_TO_DO]
+    return next((code for code in codes if code), int(missed))
 
 
 def run(parts: Sequence[Part]) -> dict[str, int]:
     """All at once; the first one's output is shown as it comes, the others' after it, and then as it comes."""
     with tempfile.TemporaryDirectory(prefix="tests") as folder:
         os.chmod(folder, 0o755)
-        for name in ("turn", "gate", *(PREPARING for part in parts if PREPARE in part.command)):
+        for name in ("turn", "gate"):
             Path(folder, name).touch()
         started = []
-        for number, part in enumerate(parts):
-            command = [f"{TURNS}{folder}" if word == TURNS else word for word in part.command]
-            output = open(f"{folder}/{number}", "wb") if number else None
-            process = subprocess.Popen(command, cwd=part.cwd, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
-            started.append((part, process))
+        with open(f"{folder}/turn") as turn, open(os.devnull) as nothing:
+            if any(PREPARE in part.command for part in parts):
+                fcntl.flock(turn, fcntl.LOCK_SH)  # it has that as its input, so that no test is alone meanwhile
+            for number, part in enumerate(parts):
+                command = [f"{TURNS}{folder}" if word == TURNS else word for word in part.command]
+                output = open(f"{folder}/{number}", "wb") if number else None
+                given = turn if PREPARE in command else nothing
+                process = subprocess.Popen(command, cwd=part.cwd, stdin=given, stdout=output, stderr=output)
+                started.append((part, process))
         results = {}
         for number, (part, process) in enumerate(started):
             say(f"\n{'=' * 78}\n{part.who}")
@@ -130,13 +136,8 @@ def parts_of_root(arguments: Sequence[str]) -> list[Part]:
 
 def as_account_once_ready(turns: str, *arguments: str) -> int:
     """Make the account ready, and become its run of pytest. turns: TURNS with the folder."""
-    folder = Path(turns.partition("=")[2])
-    try:
-        with open(folder / "turn") as turn:
-            fcntl.flock(turn, fcntl.LOCK_SH)  # no test is alone meanwhile
-            python, project = prepare_account()
-    finally:
-        (folder / PREPARING).unlink(missing_ok=True)
+    python, project = prepare_account()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # it held the turn until now
     command = [*(turns if word == TURNS else word for word in as_account(python)), "-m", "pytest", *SECOND, *arguments]
     sys.stdout.flush()
     os.chdir(project)
@@ -218,7 +219,7 @@ def make_environment(venv: Path, wheel: Path) -> None:
 def copy_sources(project: Path) -> None:
     """Tests and what they read, without the package: that one comes from the wheel."""
     shutil.rmtree(project, ignore_errors=True)
-    skip = {".git", ".venv", ".cache", "workbench"}
+    skip = {".git", ".venv", ".cache", ".hypothesis", "workbench"}
     for entry in TOP.iterdir():
         if entry.name in skip or entry.name.endswith("_cache"):
             continue

@@ -60,13 +60,8 @@ def home() -> Path:
 
 
 def other_account() -> tuple[str, str]:
-    """An account that is not root's and the Python that has Workbench for it: that of ``make test``, or whose sudo it
-    is."""
-    if turns := os.environ.get("WORKBENCH_TEST_TURNS"):
-        until = time.monotonic() + 240
-        while Path(turns, "preparing").exists():  # see scripts/run_tests.py
-            assert time.monotonic() < until, "the other part's account is not made ready"
-            time.sleep(0.5)
+    """An account that is not root's and the Python that has Workbench for it: that of ``make test`` (ready
+    once a test is alone), or whose sudo it is."""
     for name, python in (("workbench-test", "venv/bin/python"), (os.environ.get("SUDO_USER", "root"), sys.executable)):
         with contextlib.suppress(KeyError):
             home = pwd.getpwnam(name).pw_dir

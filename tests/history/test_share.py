@@ -103,7 +103,11 @@ def test_compressed_and_the_same_each_time(
     assert elsewhere.image("share/small:v1").id == small.id and elsewhere.check() == []
 
 
-def test_other_tools_read_it(workbench: Workbench, made: str, tmp_path: Path) -> None:
+def interrupting(*_: object) -> None:
+    raise InterruptedError
+
+
+def test_other_tools_read_it(workbench: Workbench, elsewhere: Workbench, made: str, tmp_path: Path) -> None:
     """skopeo and umoci see the same image; what umoci unpacks is what we launch."""
     out = tmp_path / "plots.oci.tar"
     workbench.export("share/plots", str(out))
@@ -117,6 +121,8 @@ def test_other_tools_read_it(workbench: Workbench, made: str, tmp_path: Path) ->
         ["skopeo", "copy", "-q", f"docker-archive:{out}", f"docker-archive:{copied}:a/b:c"], check=True, timeout=120
     )
     assert workbench.load(str(copied), "share/copied")[1].id == made  # docker save's form, by another hand
+    with pytest.raises(InterruptedError):
+        elsewhere.load(str(copied), "share/copied", meter=interrupting)
     layout = tmp_path / "layout"
     layout.mkdir()
     subprocess.run(["tar", "-C", str(layout), "-xf", str(out)], check=True)

@@ -400,6 +400,17 @@ def _wrong_owner(store: Store, made: Image) -> None:
         tree.with_name(tree.name + ".owners").write_text('{"x/file": {"owner": [1, 1]}}')
 
 
+def _strange_owners(store: Store, made: Image) -> None:
+    tree = store.layer(made.diff_ids[0])
+    tree.with_name(tree.name + ".owners").write_text('{"x/file": {"xattrs": {"user.a": "!!!!!"}}}')
+
+
+def _a_link(store: Store, made: Image) -> None:
+    tree = store.layer(made.diff_ids[0])
+    store.move(str(tree), str(store.home.parent / "moved"))
+    tree.symlink_to(store.home.parent / "moved")
+
+
 def _wrong_name(store: Store, made: Image) -> None:
     blobs = store.home / "blobs/sha256"
     (blobs / made.id[7:]).rename(blobs / ("0" * 64))
@@ -431,7 +442,8 @@ def _stray(store: Store, made: Image) -> None:
 DAMAGE = {
     _truncate_blob: (["blob", "name x"], 1), _remove_layer: (["image", "name x"], 1),
     _change_file: (["layer", "image", "name x"], 1), _change_mode: (["layer", "image", "name x"], 1),
-    _wrong_owner: (["layer", "image", "name x"], 1),
+    _wrong_owner: (["layer", "image", "name x"], 1), _strange_owners: (["layer", "image", "name x"], 1),
+    _a_link: (["layer", "image", "name x"], 1),
     _wrong_name: (["blob", "name x"], 1), _dangling: (["name x:latest"], 1), _no_ref: (["name x/latest"], 1),
     _strange_ref: (["name x/-tag"], 2), _half_staging: (["staging 0123", "staging 0123.lease"], 2),
     _stray: (["blob note.txt", "layer file", "layer latest"], 2),

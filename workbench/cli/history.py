@@ -64,7 +64,7 @@ def log(bench: Workbench, options: Any, _: Get) -> int:
     """``log IMAGE``, ``log --all``."""
     if bool(options.image) == options.all:
         raise InvalidInput("show a history", "it wants an image, or --all, and not both", "see `log --help`")
-    if options.graph and options.stat:
+    if options.graph and options.stat and not options.json:
         raise InvalidInput("show a history", "--graph has one line for each image", "leave out --graph or --stat")
     entries: list[Entry] = []
     lines: list[str] = []

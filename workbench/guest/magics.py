@@ -39,12 +39,11 @@ def load(shell: Any) -> None:
 
     def container(line: str) -> Any:
         value = run(line)
-        if value is None or not _is_dropped(shell.user_global_ns):
-            return value
-        from IPython.display import display
+        if value is not None and _is_dropped(shell.user_global_ns):
+            from IPython.display import display
 
-        display(value)  # type: ignore[no-untyped-call, unused-ignore]
-        return None
+            display(value)  # type: ignore[no-untyped-call, unused-ignore]
+        return value  # also then: a function of another module may have called this
 
     container.__doc__ = words.HELP
     shell.register_magic_function(container, "line", "container")

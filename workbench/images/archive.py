@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,7 +24,7 @@ from workbench.images.files import clear_errors
 from workbench.images.source import MEMBERS, TRIED, Checked, Source, opened, packed, unpack
 from workbench.images.store import Store
 from workbench.images.together import GoOn
-from workbench.model import Corrupt, Image, InvalidInput, Meter, NotFound
+from workbench.model import Corrupt, HostLacks, Image, InvalidInput, Meter, NotFound
 
 _ALONG = 64 << 20  # bytes of a file that comes along
 _INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
@@ -207,23 +208,32 @@ def _for_this_machine(entries: list[_Descriptor]) -> _Descriptor:
 def _lay_out(store: Store, source: Source, layers: dict[str, _Layer], staging: Path, meter: Meter | None) -> None:
     """Take layers, by their ``diff_id``, into the store: several at once, the largest first."""
     sizes = {diff_id: blob.size or 0 for diff_id, blob in layers.items()}  # Docker's archives name none
-    whole, done = sum(sizes.values()), set[str]()
+    unpacking, done = threading.Lock(), set[str]()
 
     def piece(diff_id: str, go_on: GoOn) -> None:
-        _layer(store, source, layers[diff_id], diff_id, staging / diff_id[7:], go_on)
+        with clear_errors(TRIED, str(store.home)):
+            _layer(store, source, layers[diff_id], diff_id, staging / diff_id[7:], unpacking, go_on)
         done.add(diff_id)
 
     def tell(_number: int) -> None:
-        if meter and whole:
-            meter("reading", sum(sizes[diff_id] for diff_id in list(done)), whole)
+        if meter:
+            meter("reading", sum(sizes[diff_id] for diff_id in list(done)), sum(sizes.values()))
 
-    together.run([partial(piece, diff_id) for diff_id in sorted(sizes, key=sizes.__getitem__, reverse=True)], tell)
+    try:
+        together.run([partial(piece, diff_id) for diff_id in sorted(sizes, key=sizes.__getitem__, reverse=True)], tell)
+    except HostLacks:  # there may be room for what one takes meanwhile, if not for what several do
+        for diff_id in sizes.keys() - done:
+            (staging / diff_id[7:]).unlink(missing_ok=True)
+        together.run([partial(piece, diff_id) for diff_id in sizes if diff_id not in done], tell, most=1)
 
 
-def _layer(store: Store, source: Source, blob: _Layer, diff_id: str, unpacked: Path, go_on: GoOn) -> None:
+def _layer(
+    store: Store, source: Source, blob: _Layer, diff_id: str, unpacked: Path, unpacking: threading.Lock, go_on: GoOn
+) -> None:  # fmt: skip
     """Take a layer from its blob, which is held against its digest and size, where they are known.
 
-    unpacked: a new file for the plain tar of one that is compressed; another is read where it lies.
+    unpacked: a new file for the plain tar of one that is compressed; another is read where it lies. unpacking: one at a
+    time, for a stranger's archive says how much memory that takes.
     """
     name, digest = blob.name, blob.digest
     with source.open(name) as file:
@@ -231,7 +241,8 @@ def _layer(store: Store, source: Source, blob: _Layer, diff_id: str, unpacked: P
     if not plain or digest not in ("", diff_id):
         with source.open(name) as file:
             checked = Checked(file)
-            unpack(checked, unpacked, go_on)
+            with unpacking:
+                unpack(checked, unpacked, go_on)
         _hold(checked, blob)
         store.add_tar(unpacked, diff_id, meanwhile=go_on)
         unpacked.unlink()

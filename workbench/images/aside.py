@@ -38,7 +38,7 @@ class Aside:
 
     def close(self) -> None:
         """End the thread once it is done; what that raises is passed over."""
-        if self._thread is not None:
+        if self._thread is not None and self._thread.ident is not None:  # else it could not be started
             self._work.put(None)
             self._thread.join()
 

@@ -15,7 +15,7 @@ from workbench.images import config, files
 from workbench.images.files import TAR
 from workbench.images.refs import Refs
 from workbench.linux import userns
-from workbench.model import Image, Problem, WorkbenchError
+from workbench.model import Image, LaunchFailed, Problem, WorkbenchError
 
 if TYPE_CHECKING:
     from workbench.images.store import Store
@@ -133,7 +133,18 @@ class _Check:
             names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
         digests = [digest for name in names if config.DIGEST.fullmatch(digest := f"sha256:{name}")]
         layers = [(os.path.join(folder, digest[7:]), self.store.record(digest), digest) for digest in digests]
-        return dict(zip(digests, userns.call("workbench.images.layer:wrong", layers), strict=True))
+        try:
+            return dict(zip(digests, userns.call("workbench.images.layer:wrong", layers), strict=True))
+        except LaunchFailed:  # that process was killed: which layer is it that does so?
+            return {layer[2]: self.tree(layer) for layer in layers}
+
+    @staticmethod
+    def tree(layer: tuple[str, str | None, str]) -> str:
+        """What is wrong with a layer's files, or nothing."""
+        try:
+            return str(userns.call("workbench.images.layer:wrong", [layer])[0])
+        except LaunchFailed as error:
+            return error.obstacle
 
     def complete(self) -> None:
         for image_id, image in self.images.items():

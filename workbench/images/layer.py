@@ -463,4 +463,6 @@ def _wrong(tree: str, record: str | None, diff_id: str) -> str:
         return error.obstacle
     except OSError as error:
         return str(error)
+    except Exception as error:  # what stands beside it may be damaged as well, in any way
+        return f"it cannot be read ({error})"
     return "" if found["diff_id"] == diff_id else "its files are not what its digest says"

@@ -17,8 +17,8 @@ _OFTEN = 0.2
 GoOn = Callable[[], None]
 
 
-def run(pieces: Iterable[Callable[[GoOn], None]], meanwhile: Callable[[int], None]) -> None:
-    """Run them all, one for each processor at a time, in the order given.
+def run(pieces: Iterable[Callable[[GoOn], None]], meanwhile: Callable[[int], None], most: int = _MOST) -> None:
+    """Run them all, one for each processor at a time and no more than ``most``, in the order given.
 
     meanwhile: is told how many are done, some times a second. The first error, one of its own or Ctrl-C ends the others
     and is raised once they have ended.
@@ -29,7 +29,7 @@ def run(pieces: Iterable[Callable[[GoOn], None]], meanwhile: Callable[[int], Non
         if ended.is_set():
             raise CancelledError
 
-    with _pool() as pool, _all_or_none(pool, ended):
+    with _pool(most) as pool, _all_or_none(pool, ended):
         pending = {pool.submit(piece, go_on) for piece in pieces}
         count = len(pending)
         while pending:
@@ -39,8 +39,8 @@ def run(pieces: Iterable[Callable[[GoOn], None]], meanwhile: Callable[[int], Non
                 future.result()
 
 
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(_MOST, len(os.sched_getaffinity(0))), "workbench-piece")
+def _pool(most: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(most, len(os.sched_getaffinity(0))), "workbench-piece")
 
 
 @contextmanager

@@ -9,10 +9,10 @@ _DEEP = 64
 
 
 def remove(path: str) -> None:
-    """Delete a tree, whoever owns what is in it and however deep it is; nothing there is fine.
+    """Delete a tree, however deep it is; nothing there is fine.
 
-    Runs through ``userns.call``. A folder deep down is first moved up to the tree's own, so that neither
-    descriptors nor the stack run out. Raises OSError.
+    Through ``userns.call`` also what containers have made. A folder deep down is first moved up to the tree's own, so
+    that neither descriptors nor the stack run out. Raises OSError.
     """
     try:
         root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
