@@ -38,7 +38,7 @@ def tidy(cli) -> Iterator[None]:
     cli("gc")
 
 
-# nbclient waits for good for one reply in twenty where four of these run at once; see docs/design.md, "Not solved".
+# Where several run at once, nbclient may wait for good for a reply: docs/design.md, "Not solved".
 @pytest.mark.alone
 @pytest.mark.parametrize(
     "path", [pytest.param(path, id=path.stem, marks=ONCE.get(path.stem, ())) for path in NOTEBOOKS]
