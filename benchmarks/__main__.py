@@ -21,18 +21,11 @@ from typing import Any
 from benchmarks.measure import Figure
 from benchmarks.scene import TOP, folders, say, stage
 
-#: Bytes of the disk that all groups of figures take at a time, and the largest group alone. Nothing is removed in
-#: between: ext4 makes files slowly for a while after that.
-ROOM, ROOM_OF_ONE = 40 << 30, 24 << 30
-
 
 def main() -> int:
     """Exit code 1 when something could not be measured; a goal that is missed is said by the table."""
     options = _options()
-    free, wanted = (
-        shutil.disk_usage("/tmp").free,
-        ROOM if not options.only else ROOM_OF_ONE if _wants_podman(options.only) else 4 << 30,
-    )
+    free, wanted = shutil.disk_usage("/tmp").free, _room(options.only)
     if free < wanted:
         other = "" if options.only else ", or choose a group with --only WORD"
         say(f"bench: the figures take up to {wanted >> 30} GiB in /tmp, where {free >> 30} are free; free some{other}")
@@ -80,6 +73,13 @@ def _measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             say(f"  {_line(figure)}")
             found.append(figure)
     return [{"as": who, **asdict(figure)} for figure in found]
+
+
+def _room(only: str) -> int:
+    """Bytes of the disk that figures take. Nothing is removed in between: ext4 makes files slowly for a while then."""
+    if not only:
+        return 40 << 30
+    return (24 if _wants_podman(only) else 4) << 30
 
 
 def _wants_podman(only: str) -> bool:

@@ -160,10 +160,10 @@ def as_account(python: Path) -> list[str]:
 def parts_of_a_user(arguments: Sequence[str]) -> list[Part]:
     """Everybody else's way."""
     python = [str(VENV / "bin" / "python"), "-m", "pytest"]
-    who = f"as {pwd.getpwuid(os.geteuid()).pw_name}"
-    parts = [Part(who, ["env", TURNS, *python, *arguments], TOP)]
-    if as_root() == ["sudo", "-n"]:
-        parts = [Part(who, ["env", TURNS, *python, *FIRST, *arguments], TOP)]
+    sudo = as_root() == ["sudo", "-n"]
+    mine = ["env", TURNS, *python, *(FIRST if sudo else ()), *arguments]
+    parts = [Part(f"as {pwd.getpwuid(os.geteuid()).pw_name}", mine, TOP)]
+    if sudo:
         # As root, but leaving no file of root's in this checkout.
         quiet = ["sudo", "-n", "env", TURNS, "PYTHONDONTWRITEBYTECODE=1", f"CI={os.environ.get('CI', '')}"]
         without = ["-p", "no:cacheprovider", *SECOND]
