@@ -402,7 +402,7 @@ def _wrong_owner(store: Store, made: Image) -> None:
 
 def _strange_owners(store: Store, made: Image) -> None:
     tree = store.layer(made.diff_ids[0])
-    tree.with_name(tree.name + ".owners").write_text('{"x/file": {"xattrs": {"user.a": "!!!!!"}}}')
+    tree.with_name(tree.name + ".owners").write_text('{"x/file": {"xattrs": {"user.a": "A"}}}')
 
 
 def _a_link(store: Store, made: Image) -> None:
