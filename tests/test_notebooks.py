@@ -38,8 +38,6 @@ def tidy(cli) -> Iterator[None]:
     cli("gc")
 
 
-# Where several run at once, nbclient may wait for good for a reply: docs/design.md, "Not solved".
-@pytest.mark.alone
 @pytest.mark.parametrize(
     "path", [pytest.param(path, id=path.stem, marks=ONCE.get(path.stem, ())) for path in NOTEBOOKS]
 )
