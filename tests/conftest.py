@@ -193,6 +193,10 @@ def traces() -> set[str]:
     return {thing for thing in things if not thing.startswith("/") or _own(thing)}
 
 
+def _with_content(thing: str) -> str:
+    return f"{thing} ({' '.join(_listdir(thing)) or 'empty'})" if os.path.isdir(thing) else thing
+
+
 def _own(path: str) -> bool:
     """Whether it is of this account, and not of the part of the tests that runs beside this one."""
     try:
@@ -246,5 +250,5 @@ def nothing_left_behind() -> Iterator[None]:
     until = time.monotonic() + PATIENCE
     while left := left_behind(before, seen):
         if time.monotonic() > until:
-            pytest.fail("left behind:\n  " + "\n  ".join(sorted(left)), pytrace=False)
+            pytest.fail("left behind:\n  " + "\n  ".join(sorted(map(_with_content, left))), pytrace=False)
         time.sleep(0.05)

@@ -304,16 +304,15 @@ import sys, time
 from workbench.workbench import Workbench
 wb = Workbench()
 c = wb.create({image!r}, argv=["sh", "-c", {command!r}], cwd=None)
-c.start().result()
+{start}.result()
 print(c.id, c.pid, wb.containers.helper._process.pid, flush=True)
 time.sleep(1000)
 """
 
 
-def launch_elsewhere(image: str, command: str) -> tuple[subprocess.Popen[str], str, int, int]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", LAUNCH.format(image=image, command=command)], stdout=subprocess.PIPE, text=True
-    )
+def launch_elsewhere(image: str, command: str, start: str = "c.start()") -> tuple[subprocess.Popen[str], str, int, int]:
+    code = LAUNCH.format(image=image, command=command, start=start)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     name, pid, helper = process.stdout.readline().split()
     return process, name, int(pid), int(helper)
 
@@ -348,6 +347,22 @@ def test_a_killed_client_keeps_what_was_changed(workbench, image):
     (row,) = workbench.ps(every=True)
     assert (row["id"], row["exit"]["reason"]) == (name, "its launcher ended")
     workbench.remove(name, force=True)
+
+
+@pytest.mark.parametrize("start", ["c.start()", 'wb.containers.helper.request("warm")'], ids=["started", "laid out"])
+def test_a_killed_client_leaves_no_run_folder(workbench, image, start):
+    """Also where the container's folder went before the helper got to it (staging is swept), or it knows of none."""
+    process, name, pid, helper = launch_elsewhere(image, "sleep 1000", start)
+    folder = Path(workbench.home) / "containers" / name
+    run_dir = Path(json.loads((folder / "state.json").read_text())["run_dir"])
+    assert run_dir.is_dir()
+    os.kill(helper, signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    userns.call("workbench.linux.trees:remove", str(folder))
+    os.kill(helper, signal.SIGCONT)
+    assert gone(helper) and gone(pid)
+    assert not run_dir.exists()
 
 
 def test_a_killed_helper_is_noticed_and_swept(workbench, image):

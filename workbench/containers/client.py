@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from workbench.containers import state
 from workbench.linux import userns
 from workbench.model import Exit, LaunchFailed, WorkbenchError
 
@@ -72,7 +73,7 @@ class HelperClient:
                 self._process = userns.spawn(
                     "workbench.containers.helper:main",
                     (theirs.fileno(),),
-                    [str(theirs.fileno()), json.dumps(asdict(ids))],
+                    [str(theirs.fileno()), json.dumps(asdict(ids)), state.run_base()],
                     fork=self._fork,
                 )
                 self._fork = False

@@ -293,7 +293,7 @@ class Containers:
         removed ones are removed.
         """
         swept = []
-        state.sweep_run_dirs()
+        state.sweep_run_dirs(state.run_base())
         try:
             names = os.listdir(self.folder)
         except FileNotFoundError:

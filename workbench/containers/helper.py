@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from workbench.containers import launch
+from workbench.containers import launch, state
 from workbench.linux import mounts
 from workbench.linux.userns import HostIds
 from workbench.model import Exit, WorkbenchError
@@ -29,8 +29,9 @@ DESCRIPTORS = 8
 class Helper:
     """Serves one client until it is gone."""
 
-    def __init__(self, client: socket.socket, ids: HostIds) -> None:
+    def __init__(self, client: socket.socket, ids: HostIds, run_base: str) -> None:
         self.client = client
+        self.run_base = run_base
         self.launcher = launch.Launcher(ids)
         self.running: dict[int, launch.Running] = {}  # by pidfd
         self.unsettled: dict[str, None] = {}  # folders of what was started, in order
@@ -128,15 +129,20 @@ class Helper:
         for folder in self.unsettled:
             with suppress(WorkbenchError, OSError):  # removed meanwhile, or left to the next sweep
                 launch.settle(folder)
+        # of what was laid out and not asked for yet, or whose folder somebody has tidied up before
+        state.sweep_run_dirs(self.run_base)
         self.launcher.close()
 
 
-def main(fd: str, ids: str) -> None:
-    """Entry point in the fresh interpreter (``userns.spawn``). ids: the host's ``HostIds`` as JSON."""
+def main(fd: str, ids: str, run_base: str) -> None:
+    """Entry point in the fresh interpreter (``userns.spawn``).
+
+    ids: the host's ``HostIds`` as JSON; run_base: the client's, which here has another uid.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the client decides, by closing its end
         signal.signal(number, signal.SIG_IGN)
     os.umask(0o022)
     data = json.loads(ids)
     data["sub_uids"], data["sub_gids"] = tuple(data["sub_uids"]), tuple(data["sub_gids"])
-    Helper(socket.socket(fileno=int(fd)), HostIds(**data)).serve()
+    Helper(socket.socket(fileno=int(fd)), HostIds(**data), run_base).serve()
     sys.exit(0)

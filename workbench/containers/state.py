@@ -207,40 +207,34 @@ def run_bases() -> list[str]:
 
 
 def run_base() -> str:
-    """Where run folders are made: root's /run/workbench, the user's runtime folder (XDG), else one below /tmp.
-
-    Raises Conflict when somebody else has taken the name below /tmp.
-    """
+    """Where run folders are: root's /run/workbench, the user's runtime folder (XDG), else one below /tmp."""
     uid = os.getuid()
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if uid == 0:
-        base = "/run/workbench"
-    elif runtime and os.path.isdir(runtime) and os.stat(runtime).st_uid == uid and len(runtime) < 60:
-        base = os.path.join(runtime, "workbench")
-    else:
-        base = f"/tmp/workbench-{uid}"
-    while True:
-        with suppress(FileExistsError):
-            os.mkdir(base, 0o700)
-        try:
-            found = os.lstat(base)
-            break
-        except FileNotFoundError:  # the last container that ended just took it along
-            continue
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != uid or found.st_mode & 0o077:
-        raise Conflict("make a folder for sockets", f"{base} is not this user's own", f"remove {base}")
-    return base
+        return "/run/workbench"
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime and os.path.isdir(runtime) and os.stat(runtime).st_uid == uid and len(runtime) < 60:
+        return os.path.join(runtime, "workbench")
+    return f"/tmp/workbench-{uid}"
 
 
 def make_run_dir(name: str) -> tuple[str, int]:
-    """A container's folder for sockets, open to its user only; and a descriptor whose lock says that it is in use."""
+    """A container's folder for sockets, open to its user only; and a descriptor whose lock says that it is in use.
+
+    Raises Conflict when somebody else has taken the name below /tmp.
+    """
+    base = run_base()
+    path = os.path.join(base, name)
     while True:
-        path = os.path.join(run_base(), name)
         try:
+            with suppress(FileExistsError):
+                os.mkdir(base, 0o700)
+            found = os.lstat(base)
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+                raise Conflict("make a folder for sockets", f"{base} is not this user's own", f"remove {base}")
             os.mkdir(path, 0o700)
             os.mkdir(os.path.join(path, "host"), 0o700)
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:  # as above, or a sweep was quicker than the lock
+        except FileNotFoundError:  # the last container that ended took it along, or a sweep was quicker than the lock
             continue
         fcntl.flock(fd, fcntl.LOCK_EX)
         if os.path.exists(path):
@@ -248,9 +242,8 @@ def make_run_dir(name: str) -> tuple[str, int]:
         os.close(fd)
 
 
-def sweep_run_dirs() -> None:
-    """Remove run folders that no process holds: their launchers were killed."""
-    base = run_base()
+def sweep_run_dirs(base: str) -> None:
+    """Remove run folders that no process holds: their launchers were killed. base: as by ``run_base``."""
     try:
         names = os.listdir(base)
     except FileNotFoundError:
