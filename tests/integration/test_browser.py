@@ -245,7 +245,7 @@ def alive_again(page: Page, dashboard: Locator, root: Path) -> None:
 def wait_until(page: Page, holds: Callable[[], bool]) -> None:
     until = time.monotonic() + 20
     while not holds():
-        assert time.monotonic() < until
+        assert time.monotonic() < until, "\n".join(page.locator(".jp-OutputArea").all_inner_texts())
         page.wait_for_timeout(200)
 
 

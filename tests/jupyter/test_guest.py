@@ -110,6 +110,26 @@ def test_the_dashboard_is_kept_up_as_long_as_it_is_seen(start: Start) -> None:
     assert run(client, WATCHERS).stdout == "[]\n"
 
 
+def test_a_dashboard_tells_of_its_new_widgets_once_its_kernel_has_begun(start: Start) -> None:
+    """Of who begins to listen in the midst of it, before, its front end hears of widgets that it cannot know."""
+    _, client = start()
+    box = run(client, "%container status").data[-1]["application/vnd.jupyter.widget-view+json"]["model_id"]
+    client.execute("%container reset --hard")
+    heard, opened, until = [], set(), time.monotonic() + 6
+    while time.monotonic() < until:
+        with contextlib.suppress(queue.Empty):
+            message = client.get_iopub_msg(timeout=0.1)
+            kind, content = message["header"]["msg_type"], message["content"]
+            if kind == "comm_open":
+                opened.add("IPY_MODEL_" + content["comm_id"])
+            elif kind == "status" and content["execution_state"] == "starting":
+                heard.append("kernel")
+            elif kind == "comm_msg" and content["comm_id"] == box:
+                heard += [kind for kind in content["data"]["state"] if kind == "children"]
+                assert set(content["data"]["state"].get("children", ())) <= opened
+    assert heard in (["kernel", "children", "children"], ["children", "children"])
+
+
 @pytest.mark.first
 def test_a_dashboard_that_nobody_hears_leaves_its_kernel_idle(server: Server) -> None:
     """A tab that is closed tells nothing of its views; a server ends kernels that were idle for long."""

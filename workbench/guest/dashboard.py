@@ -357,13 +357,15 @@ def revive(model: str) -> None:
     # Not opened: that would put another box into the place of the one that is seen.
     channel: Any = create_comm(comm_id=model, primary=False, target_name="jupyter.widget")
     get_comm_manager().register_comm(channel)
+    # Nor told of its widgets yet: who begins to listen between their opening and that would know a box of widgets
+    # that it has not, and update it no more (``state_change`` of @jupyter-widgets/base stays rejected).
+    _shown = Dashboard(comm=channel)  # which sends nothing over one without a kernel
+    # What a box has by default is made when it is first asked for: while a front end is told of all widgets, too late.
+    _shown.get_state()
     if getattr(channel, "kernel", True) is None:  # which ipykernel's opening sets
         from IPython import get_ipython
 
         channel.kernel = get_ipython().kernel
-    _shown = Dashboard(comm=channel)
-    # What a box has by default is made when it is first asked for: while a front end is told of all widgets, too late.
-    _shown.get_state()
     IOLoop.current().add_callback(_shown.listen)  # once the kernel has begun
     for seconds in _LATER:
         IOLoop.current().call_later(seconds, _shown.renew_unseen)
