@@ -17,7 +17,7 @@ import pytest
 from tests.containers.inside import PYTHON, probe, run
 from workbench.containers import spec, state
 from workbench.linux import cgroup, userns
-from workbench.model import InvalidInput, LaunchFailed, Limits, Mount, NotFound
+from workbench.model import Conflict, InvalidInput, LaunchFailed, Limits, Mount, NotFound
 
 ROOT = userns.host_ids().kind == "root"
 
@@ -363,6 +363,20 @@ def test_a_killed_client_leaves_no_run_folder(workbench, image, start):
     os.kill(helper, signal.SIGCONT)
     assert gone(helper) and gone(pid)
     assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("taken", ["link", "open to all"])
+def test_nothing_is_swept_where_somebody_else_has_taken_the_name(tmp_path, taken):
+    """Below /tmp anybody can: a link would lead the sweep to folders of the user's own."""
+    mine = tmp_path / "mine"
+    (mine / "my-documents").mkdir(parents=True, mode=0o700)  # as long a name as a container's
+    if taken == "link":
+        (tmp_path / "base").symlink_to(mine)
+    else:
+        mine.rename(tmp_path / "base").chmod(0o777)
+    with pytest.raises(Conflict, match="is not this user's own"):
+        state.sweep_run_dirs(str(tmp_path / "base"))
+    assert (tmp_path / "base" / "my-documents").is_dir()
 
 
 def test_a_killed_helper_is_noticed_and_swept(workbench, image):

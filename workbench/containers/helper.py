@@ -129,8 +129,9 @@ class Helper:
         for folder in self.unsettled:
             with suppress(WorkbenchError, OSError):  # removed meanwhile, or left to the next sweep
                 launch.settle(folder)
-        # of what was laid out and not asked for yet, or whose folder somebody has tidied up before
-        state.sweep_run_dirs(self.run_base)
+        with suppress(WorkbenchError, OSError):
+            # of what was laid out and not asked for yet, or whose folder somebody has tidied up before
+            state.sweep_run_dirs(self.run_base)
         self.launcher.close()
 
 

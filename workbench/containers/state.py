@@ -217,6 +217,13 @@ def run_base() -> str:
     return f"/tmp/workbench-{uid}"
 
 
+def _check_own(base: str) -> None:
+    """Raises Conflict when somebody else has taken the name below /tmp; FileNotFoundError."""
+    found = os.lstat(base)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise Conflict("make a folder for sockets", f"{base} is not this user's own", f"remove {base}")
+
+
 def make_run_dir(name: str) -> tuple[str, int]:
     """A container's folder for sockets, open to its user only; and a descriptor whose lock says that it is in use.
 
@@ -228,9 +235,7 @@ def make_run_dir(name: str) -> tuple[str, int]:
         try:
             with suppress(FileExistsError):
                 os.mkdir(base, 0o700)
-            found = os.lstat(base)
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-                raise Conflict("make a folder for sockets", f"{base} is not this user's own", f"remove {base}")
+            _check_own(base)
             os.mkdir(path, 0o700)
             os.mkdir(os.path.join(path, "host"), 0o700)
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -243,8 +248,12 @@ def make_run_dir(name: str) -> tuple[str, int]:
 
 
 def sweep_run_dirs(base: str) -> None:
-    """Remove run folders that no process holds: their launchers were killed. base: as by ``run_base``."""
+    """Remove run folders that no process holds: their launchers were killed. base: as by ``run_base``.
+
+    Raises Conflict when that is somebody else's, who may have made it a link to what is this user's.
+    """
     try:
+        _check_own(base)
         names = os.listdir(base)
     except FileNotFoundError:
         return
