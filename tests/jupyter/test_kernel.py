@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import queue
+import socket
 import stat
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from tests.jupyter.clients import HUNGRY, family, gone, run, timed
 from tests.jupyter.conftest import Start
+from workbench.jupyter import provisioner
 from workbench.model import WorkbenchError
 
 
@@ -31,6 +33,24 @@ def test_it_is_in_a_container_over_unix_sockets(start: Start, tmp_path: Path, im
     assert len(manager.ip) < 90
     content = json.loads(Path(manager.connection_file).read_text())
     assert content["transport"] == "ipc"
+
+
+def test_what_is_asked_at_once_is_heard_on_every_channel(start: Start) -> None:
+    """jupyter_console asks a kernel once and then looks for its output; a refused connection waits 0.1 to 0.2 s."""
+    manager, client = start()
+    for _ in range(2):
+        for number in range(1, 6):
+            with socket.socket(socket.AF_UNIX) as channel:
+                channel.connect(f"{manager.ip}-{number}")
+        manager.restart_kernel(now=True)
+    client.wait_for_ready(timeout=60)
+
+
+def test_a_kernel_that_listens_late_is_started(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provisioner, "_LISTENING", 0.0)
+    manager, client = start()
+    assert run(client, "6 * 7").text == "42"
+    assert manager.is_alive()
 
 
 def test_the_environment_is_not_the_servers(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

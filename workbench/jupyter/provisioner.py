@@ -13,6 +13,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -48,6 +49,12 @@ if TYPE_CHECKING:
     from workbench.jupyter.last_words import Listener
     from workbench.model import Image, Kernel
     from workbench.workbench import Workbench
+
+
+#: Seconds that a start waits for the kernel's sockets; a kernel that is slower is met by its clients' next attempt.
+_LISTENING = 10.0
+#: Seconds between two looks for them.
+_LOOK = 0.005
 
 
 class WorkbenchProvisioner(KernelProvisionerBase):
@@ -218,7 +225,7 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         return environment.record(shared.workbench(self.config, self.home), self._container, self.image)
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:  # noqa: ARG002
-        """Start the container with the kernel in it."""
+        """Start the container with the kernel in it; until it listens."""
         container = self._container
         assert container is not None, "pre_launch comes first"
         self._loop = asyncio.get_running_loop()
@@ -239,7 +246,19 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         self._has_process = self._has_run = True
         self._between, self._now = None, environment.Now(container)
         self._tell(container, "started")
+        await self._listens(container, exited)
         return self.connection_info
+
+    async def _listens(self, container: Container, exited: Future[Exit]) -> None:
+        """Until the kernel has its sockets, or has ended, or takes too long for it.
+
+        A client whose connection is refused tries again only 0.1 to 0.2 s later, each of its channels by a clock of
+        its own (ZMQ_RECONNECT_IVL, zmq_setsockopt(3)): a kernel this quick would answer on shell before the client
+        hears its iopub, and the outputs in between are nobody's.
+        """
+        patience = time.monotonic() + _LISTENING
+        while not (connection.listens(container.run_dir) or exited.done() or time.monotonic() > patience):
+            await asyncio.sleep(_LOOK)
 
     def _tell(self, container: Container, action: str, reason: str = "") -> None:
         """To who listens to the server's events."""
