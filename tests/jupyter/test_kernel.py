@@ -15,7 +15,7 @@ import pytest
 
 from tests.jupyter.clients import HUNGRY, family, gone, run, timed
 from tests.jupyter.conftest import Start
-from workbench.jupyter import provisioner
+from workbench.jupyter import listening
 from workbench.model import WorkbenchError
 
 
@@ -47,7 +47,7 @@ def test_what_is_asked_at_once_is_heard_on_every_channel(start: Start) -> None:
 
 
 def test_a_kernel_that_listens_late_is_started(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provisioner, "_LISTENING", 0.0)
+    monkeypatch.setattr(listening, "_LISTENING", 0.0)
     manager, client = start()
     assert run(client, "6 * 7").text == "42"
     assert manager.is_alive()

@@ -176,11 +176,6 @@ def clear_sockets(run_dir: str) -> None:
         os.close(folder)
 
 
-def listens(run_dir: str) -> bool:
-    """Whether the kernel has made all of its sockets."""
-    return all(os.path.lexists(f"{run_dir}/{PREFIX}-{number(channel)}") for channel in reversed(CHANNELS))
-
-
 def has_magics(kernel: Kernel) -> bool:
     """Whether ``%container`` can be loaded into it: it is IPython's."""
     return kernel.language == "python" and any("ipykernel" in word for word in kernel.argv)

@@ -13,7 +13,6 @@ import asyncio
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -28,7 +27,7 @@ from traitlets import Bool, Float, Integer, List, Unicode
 
 from workbench.containers.spec import parse_mount
 from workbench.history import notebooks
-from workbench.jupyter import connection, environment, events, shared
+from workbench.jupyter import connection, environment, events, listening, shared
 from workbench.jupyter.guest_api import GuestApi
 from workbench.model import (
     Conflict,
@@ -49,12 +48,6 @@ if TYPE_CHECKING:
     from workbench.jupyter.last_words import Listener
     from workbench.model import Image, Kernel
     from workbench.workbench import Workbench
-
-
-#: Seconds that a start waits for the kernel's sockets; a kernel that is slower is met by its clients' next attempt.
-_LISTENING = 10.0
-#: Seconds between two looks for them.
-_LOOK = 0.005
 
 
 class WorkbenchProvisioner(KernelProvisionerBase):
@@ -246,19 +239,8 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         self._has_process = self._has_run = True
         self._between, self._now = None, environment.Now(container)
         self._tell(container, "started")
-        await self._listens(container, exited)
+        await listening.until_listening(container.run_dir, exited.done)
         return self.connection_info
-
-    async def _listens(self, container: Container, exited: Future[Exit]) -> None:
-        """Until the kernel has its sockets, or has ended, or takes too long for it.
-
-        A client whose connection is refused tries again only 0.1 to 0.2 s later, each of its channels by a clock of
-        its own (ZMQ_RECONNECT_IVL, zmq_setsockopt(3)): a kernel this quick would answer on shell before the client
-        hears its iopub, and the outputs in between are nobody's.
-        """
-        patience = time.monotonic() + _LISTENING
-        while not (connection.listens(container.run_dir) or exited.done() or time.monotonic() > patience):
-            await asyncio.sleep(_LOOK)
 
     def _tell(self, container: Container, action: str, reason: str = "") -> None:
         """To who listens to the server's events."""
@@ -441,11 +423,8 @@ class WorkbenchProvisioner(KernelProvisionerBase):
         from workbench.jupyter import last_words
 
         km: Any = self.parent
-        self._listener = last_words.Listener(
-            f"ipc://{km.ip}-{connection.number('iopub')}",
-            km.session,
-            self._keys(),
-        )
+        address = f"ipc://{km.ip}-{connection.number('iopub')}"
+        self._listener = last_words.Listener(address, km.session, self._keys())
         last_words.instance().follow(self._listener)
 
     def _expect_end(self) -> None:
