@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -49,8 +48,8 @@ def save(
     ):
         try:
             with open(new, "xb") as file:
-                meanwhile = meter and partial(_tell, meter, file, store.size(image))
-                _write(file, store, image, name, staging, form, along or {}, meanwhile)
+                gauge = meter and _Gauge(meter, store.size(image))
+                _write(file, store, image, name, staging, form, along or {}, gauge)
                 file.write(bytes(2 * tar.BLOCK))
                 file.flush()
                 os.fsync(file.fileno())
@@ -61,9 +60,22 @@ def save(
     return out.stat().st_size
 
 
+class _Gauge:
+    """How far it is, in bytes before compression: of a total that is known, and even while a layer is compressed."""
+
+    def __init__(self, meter: Meter, total: int) -> None:
+        self._meter, self._total = meter, total
+        #: Bytes of the layers that are done.
+        self.done = 0
+
+    def reading(self, position: Callable[[], int]) -> Callable[[], None]:
+        """What tells the meter when it is called; position: how much of the layer is written."""
+        return lambda: self._meter("writing", min(self.done + position(), self._total), self._total)
+
+
 def _write(
     archive: IO[bytes], store: Store, image: Image, name: str, staging: Path, form: Form,
-    along: Mapping[str, Path], meanwhile: Callable[[], None] | None,
+    along: Mapping[str, Path], gauge: _Gauge | None,
 ) -> None:  # fmt: skip
     # Named as well, since skopeo gives folders that it makes by itself to root, which without root it may not.
     for folder in ("blobs", "blobs/sha256", *([ALONG.rstrip("/")] if along else [])):
@@ -71,7 +83,7 @@ def _write(
     _add(archive, "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
     data = store.config(image.id)
     blobs = {
-        diff_id: _layer(archive, store, diff_id, staging, form, meanwhile) for diff_id in dict.fromkeys(image.diff_ids)
+        diff_id: _layer(archive, store, diff_id, staging, form, gauge) for diff_id in dict.fromkeys(image.diff_ids)
     }
     described = [blobs[diff_id] for diff_id in image.diff_ids]
     manifest = _json({
@@ -100,30 +112,36 @@ def _ancestors(store: Store, image: Image) -> Iterator[bytes]:
         yield store.config(image.id)
 
 
-def _tell(meter: Meter, archive: IO[bytes], total: int) -> None:
-    meter("writing", min(os.fstat(archive.fileno()).st_size, total), total)
-
-
 def _layer(
-    archive: IO[bytes], store: Store, diff_id: str, staging: Path, form: Form, meanwhile: Callable[[], None] | None
+    archive: IO[bytes], store: Store, diff_id: str, staging: Path, form: Form, gauge: _Gauge | None
 ) -> dict[str, Any]:
     """Write a layer's blob; its descriptor."""
     size = store.layer_size(diff_id)
     if form == "none" and size:
         archive.write(_header(_path(diff_id), size))
         archive.flush()
-        begin = archive.tell()
-        store.append_tar(diff_id, archive.fileno(), meanwhile)
+        fd, begin = archive.fileno(), archive.tell()
+        store.append_tar(diff_id, fd, gauge.reading(lambda: os.fstat(fd).st_size - begin) if gauge else None)
         if archive.seek(0, os.SEEK_END) != begin + size:
             raise Corrupt("export an image", f"layer {diff_id[:19]} is of another size", "jupyter workbench check")
         archive.write(bytes(-size % tar.BLOCK))
-        return {"mediaType": _LAYER, "digest": diff_id, "size": size}
+        described = {"mediaType": _LAYER, "digest": diff_id, "size": size}
+    else:
+        described = _staged(archive, store, diff_id, staging, form, gauge)
+    if gauge is not None:
+        gauge.done += size
+    return described
+
+
+def _staged(
+    archive: IO[bytes], store: Store, diff_id: str, staging: Path, form: Form, gauge: _Gauge | None
+) -> dict[str, Any]:
     plain = staging / "layer.tar"
-    store.write_tar(diff_id, plain, meanwhile)
+    store.write_tar(diff_id, plain, gauge.reading(lambda: 0) if gauge else None)
     kept, digest, kind = plain, diff_id, _LAYER
     if form != "none":
         kept, kind = staging / "layer", f"{_LAYER}+{form}"
-        _compress(plain, kept, form, meanwhile)
+        _compress(plain, kept, form, gauge)
         digest = files.digest(str(kept))
     size = kept.stat().st_size
     archive.write(_header(_path(digest), size))
@@ -136,9 +154,10 @@ def _layer(
     return {"mediaType": kind, "digest": digest, "size": size}
 
 
-def _compress(source: Path, target: Path, form: Form, meanwhile: Callable[[], None] | None) -> None:
+def _compress(source: Path, target: Path, form: Form, gauge: _Gauge | None) -> None:
     """The same bytes each time: no name and no time in the header."""
     with open(source, "rb") as file, open(target, "wb") as out:
+        tell = gauge.reading(file.tell) if gauge else None
         packed: Any
         if form == "gzip":
             packed = gzip.GzipFile("", "wb", 6, out, mtime=0)
@@ -147,8 +166,8 @@ def _compress(source: Path, target: Path, form: Form, meanwhile: Callable[[], No
         with packed:
             while data := file.read(_CHUNK):
                 packed.write(data)
-                if meanwhile is not None:
-                    meanwhile()
+                if tell is not None:
+                    tell()
 
 
 def _described(kind: str, data: bytes) -> dict[str, Any]:
