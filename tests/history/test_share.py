@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import other_account
 from tests.history.test_faults import fill, tree
 from tests.history.test_snapshot import DRIVER, Live, difference, listed
-from workbench.images import config
+from workbench.images import config, files
 from workbench.model import Conflict, Corrupt, InvalidInput, NotFound
 from workbench.workbench import Workbench
 
@@ -95,12 +95,30 @@ def test_compressed_and_the_same_each_time(
     layer = workbench.image(made).diff_ids[-1]
     small = workbench.store.add_image(config.encode(diff_ids=[layer], created="2026-01-01T00:00:00Z"))
     workbench.refs.set("share/small:v1", small.id)
-    files = [tmp_path / name for name in ("one.tar", "two.tar")]
-    for path in files:
+    outs = [tmp_path / name for name in ("one.tar", "two.tar")]
+    for path in outs:
         workbench.export("share/small:v1", str(path), form=form)
-    assert files[0].read_bytes() == files[1].read_bytes()
-    assert elsewhere.load(str(files[0]))[0] == "share/small:v1"
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+    assert elsewhere.load(str(outs[0]))[0] == "share/small:v1"
     assert elsewhere.image("share/small:v1").id == small.id and elsewhere.check() == []
+
+
+@pytest.mark.parametrize("form", ["none", "gzip"])
+def test_an_export_tells_how_far_it_is(workbench: Workbench, tmp_path: Path, form: str) -> None:
+    """Also while a layer is compressed, in bytes before that."""
+    ids, size = [], 0
+    for number in range(2):
+        path = tmp_path / f"layer{number}"
+        path.write_bytes(tree((f"file{number}", bytes(5 << 20), {})))
+        ids.append(files.digest(str(path)))
+        size += path.stat().st_size
+        workbench.store.adopt_tar(path, ids[-1], path.stat().st_size)
+    made = workbench.store.add_image(config.encode(diff_ids=ids, created="2026-01-01T00:00:00Z"))
+    told: list[tuple[str, int, int]] = []
+    workbench.export(made.id, str(tmp_path / "x.tar"), form=form, meter=lambda *how_far: told.append(how_far))
+    numbers = [done for _, done, _ in told]
+    assert {(what, total) for what, _, total in told} == {("writing", size)}
+    assert numbers == sorted(numbers) and len(set(numbers)) > 10 and numbers[-1] == size
 
 
 def interrupting(*_: object) -> None:

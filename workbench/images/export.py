@@ -48,7 +48,7 @@ def save(
     ):
         try:
             with open(new, "xb") as file:
-                gauge = meter and _Gauge(meter, store.size(image))
+                gauge = _Gauge(meter, store.size(image) if meter else 0)
                 _write(file, store, image, name, staging, form, along or {}, gauge)
                 file.write(bytes(2 * tar.BLOCK))
                 file.flush()
@@ -63,19 +63,21 @@ def save(
 class _Gauge:
     """How far it is, in bytes before compression: of a total that is known, and even while a layer is compressed."""
 
-    def __init__(self, meter: Meter, total: int) -> None:
+    def __init__(self, meter: Meter | None, total: int) -> None:
         self._meter, self._total = meter, total
         #: Bytes of the layers that are done.
         self.done = 0
 
-    def reading(self, position: Callable[[], int]) -> Callable[[], None]:
-        """What tells the meter when it is called; position: how much of the layer is written."""
-        return lambda: self._meter("writing", min(self.done + position(), self._total), self._total)
+    def reading(self, position: Callable[[], int]) -> Callable[[], None] | None:
+        """What tells the meter when it is called, if there is one; position: how much of the layer is written."""
+        if (meter := self._meter) is None:
+            return None
+        return lambda: meter("writing", min(self.done + position(), self._total), self._total)
 
 
 def _write(
     archive: IO[bytes], store: Store, image: Image, name: str, staging: Path, form: Form,
-    along: Mapping[str, Path], gauge: _Gauge | None,
+    along: Mapping[str, Path], gauge: _Gauge,
 ) -> None:  # fmt: skip
     # Named as well, since skopeo gives folders that it makes by itself to root, which without root it may not.
     for folder in ("blobs", "blobs/sha256", *([ALONG.rstrip("/")] if along else [])):
@@ -112,32 +114,27 @@ def _ancestors(store: Store, image: Image) -> Iterator[bytes]:
         yield store.config(image.id)
 
 
-def _layer(
-    archive: IO[bytes], store: Store, diff_id: str, staging: Path, form: Form, gauge: _Gauge | None
-) -> dict[str, Any]:
+def _layer(archive: IO[bytes], store: Store, diff_id: str, staging: Path, form: Form, gauge: _Gauge) -> dict[str, Any]:
     """Write a layer's blob; its descriptor."""
     size = store.layer_size(diff_id)
     if form == "none" and size:
         archive.write(_header(_path(diff_id), size))
         archive.flush()
         fd, begin = archive.fileno(), archive.tell()
-        store.append_tar(diff_id, fd, gauge.reading(lambda: os.fstat(fd).st_size - begin) if gauge else None)
+        store.append_tar(diff_id, fd, gauge.reading(lambda: os.fstat(fd).st_size - begin))
         if archive.seek(0, os.SEEK_END) != begin + size:
             raise Corrupt("export an image", f"layer {diff_id[:19]} is of another size", "jupyter workbench check")
         archive.write(bytes(-size % tar.BLOCK))
         described = {"mediaType": _LAYER, "digest": diff_id, "size": size}
     else:
         described = _staged(archive, store, diff_id, staging, form, gauge)
-    if gauge is not None:
-        gauge.done += size
+    gauge.done += size
     return described
 
 
-def _staged(
-    archive: IO[bytes], store: Store, diff_id: str, staging: Path, form: Form, gauge: _Gauge | None
-) -> dict[str, Any]:
+def _staged(archive: IO[bytes], store: Store, diff_id: str, staging: Path, form: Form, gauge: _Gauge) -> dict[str, Any]:
     plain = staging / "layer.tar"
-    store.write_tar(diff_id, plain, gauge.reading(lambda: 0) if gauge else None)
+    store.write_tar(diff_id, plain, gauge.reading(lambda: 0))
     kept, digest, kind = plain, diff_id, _LAYER
     if form != "none":
         kept, kind = staging / "layer", f"{_LAYER}+{form}"
@@ -154,10 +151,10 @@ def _staged(
     return {"mediaType": kind, "digest": digest, "size": size}
 
 
-def _compress(source: Path, target: Path, form: Form, gauge: _Gauge | None) -> None:
+def _compress(source: Path, target: Path, form: Form, gauge: _Gauge) -> None:
     """The same bytes each time: no name and no time in the header."""
     with open(source, "rb") as file, open(target, "wb") as out:
-        tell = gauge.reading(file.tell) if gauge else None
+        tell = gauge.reading(file.tell)
         packed: Any
         if form == "gzip":
             packed = gzip.GzipFile("", "wb", 6, out, mtime=0)

@@ -19,6 +19,8 @@ from workbench.model import Image, InvalidInput, Kernel, LaunchFailed
 CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
 #: The first part of the sockets' names, outside in the run folder and inside.
 PREFIX = "k"
+#: Their names, in the order of CHANNELS.
+SOCKETS = tuple(f"{PREFIX}-{number}" for number in range(1, len(CHANNELS) + 1))
 #: Where the run folder is seen inside.
 INSIDE = "/run/workbench"
 #: The kernel's connection file, outside in the run folder and inside.
@@ -126,7 +128,7 @@ def forwards(kernel: Kernel) -> tuple[tuple[str, int], ...]:
     """Names of sockets in the run folder that stand for TCP ports inside; none for a kernel that makes its own."""
     if kernel.transport != "tcp":
         return ()
-    return tuple((f"{PREFIX}-{number(channel)}", _PORTS + number(channel)) for channel in CHANNELS)
+    return tuple((name, _PORTS + number(channel)) for name, channel in zip(SOCKETS, CHANNELS, strict=True))
 
 
 def write_guest(run_dir: str, content: Mapping[str, Any]) -> None:
@@ -163,8 +165,7 @@ def clear_sockets(run_dir: str) -> None:
     """Remove what an earlier run of the kernel left, so that nobody connects to a dead socket's name."""
     folder = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for channel in CHANNELS:
-            name = f"{PREFIX}-{number(channel)}"
+        for name in SOCKETS:
             try:
                 if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
                     os.rmdir(name, dir_fd=folder)

@@ -320,8 +320,7 @@ def listen(file: connection.ClientFile) -> list[tuple[socket.socket, str]]:
     listeners: list[tuple[socket.socket, str]] = []
     address = "127.0.0.1" if file.ip == "localhost" else file.ip
     try:
-        for channel, port in zip(connection.CHANNELS, file.ports, strict=True):
-            target = f"{connection.PREFIX}-{connection.number(channel)}"
+        for target, port in zip(connection.SOCKETS, file.ports, strict=True):
             if file.transport == "ipc":
                 listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 listeners.append((listener, target))

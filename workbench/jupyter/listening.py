@@ -22,7 +22,7 @@ _LOOK = 0.005
 
 async def until_listening(run_dir: str, ended: Callable[[], bool]) -> None:
     """Until the kernel has made all of its sockets, or has ended, or takes too long for it."""
-    names = [f"{run_dir}/{connection.PREFIX}-{connection.number(channel)}" for channel in connection.CHANNELS]
+    names = [f"{run_dir}/{name}" for name in connection.SOCKETS]
     patience = time.monotonic() + _LISTENING
     while not (all(map(os.path.lexists, names)) or ended() or time.monotonic() > patience):
         await asyncio.sleep(_LOOK)
