@@ -88,6 +88,9 @@ def test_without_a_name_it_gets_one(cli, container):
         (["snapshot", "ffff", "-m", "x"], "no container is called"), (["snapshot"], "there is no container"),
         (["log", "nothing"], "there is none named"), (["diff", "python", "python~1"], "has no parent"),
         (["show", "python@{3}"], "has not moved 3 times"), (["tag", "UPPER", "python"], "is not one"),
+        (["export", "python", "-o", "/nowhere/x.tar"], "/nowhere/x.tar: No such file"),
+        (["export", "python", "-o", "/dev/null/x.tar"], "Not a directory"),
+        (["export", "python", "-o", "/"], "is a folder"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line(cli, image, line, words):

@@ -37,17 +37,21 @@ def save(
     """Write an image's archive, durably; its bytes. What is there under that name is replaced only by a whole one.
 
     name: ``name:tag``, by which readers find it; form: how layers are compressed (``none`` and ``gzip`` are read by
-    all); along: files that go with it, by name; meter: may end it. Raises NotFound, Corrupt, HostLacks without space.
+    all); along: files that go with it, by name; meter: may end it. Raises NotFound, Corrupt, InvalidInput
+    for an ``out`` that cannot be, HostLacks without space.
     """
     out = Path(os.path.abspath(out))
+    if out.is_dir():
+        raise InvalidInput("write an image's archive", f"{out} is a folder", "name a file in it")
     new = out.with_name(f".{out.name}.{os.getpid()}")
     with (
         clear_errors("write an image's archive", str(out)),
         store.lease(image.id, *image.diff_ids),
         store.staging() as staging,
     ):
+        file = _beside(new, out)
         try:
-            with open(new, "xb") as file:
+            with file:
                 gauge = _Gauge(meter, store.size(image) if meter else 0)
                 _write(file, store, image, name, staging, form, along or {}, gauge)
                 file.write(bytes(2 * tar.BLOCK))
@@ -58,6 +62,16 @@ def save(
             with suppress(FileNotFoundError):
                 new.unlink()
     return out.stat().st_size
+
+
+def _beside(new: Path, out: Path) -> IO[bytes]:
+    """The file to write into, in the folder of what it is to be."""
+    try:
+        return open(new, "xb")
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise InvalidInput(
+            "write an image's archive", f"{out}: {error.strerror}", "name a file in a folder that you may write"
+        ) from None
 
 
 class _Gauge:
