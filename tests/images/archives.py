@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,18 @@ def call(name: str, *args: object) -> dict[str, Any]:
     """A function of layer.py, run where its ids mean something."""
     plain = (os.fspath(arg) if isinstance(arg, os.PathLike) else arg for arg in args)
     return userns.call(f"workbench.images.layer:{name}", *plain)
+
+
+def held(source: str, tree: str) -> int:
+    """Bytes of memory that Python counts at the most while a layer is laid out and looked at (``layer.lay_out``)."""
+    from workbench.images import layer, tar
+    from workbench.images import tree as trees
+
+    trees._LARGE, tar.CHUNK = 100, 1 << 13  # what is of one size is to be small beside what grows with the members
+    tracemalloc.start()
+    try:
+        layer.apply(source, tree)
+        layer._form(tree)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

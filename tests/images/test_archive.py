@@ -16,6 +16,8 @@ from workbench.images import archive
 from workbench.images.store import Store
 from workbench.model import Corrupt, InvalidInput, NotFound, WorkbenchError
 
+#: Bytes of memory that are too few for one who lays out a layer, while twice as many are enough.
+SCANT = 20 << 20
 MACHINE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
 
 
@@ -36,10 +38,10 @@ def zstd(data: bytes) -> bytes:
     return module.compress(data)
 
 
-def layout(folder: Path, compress=lambda data: data, *, platforms: bool = False, **wrong) -> Path:
-    """An OCI image layout with one layer. wrong: what to write in place of what is right."""
+def layout(folder: Path, compress=lambda data: data, *, platforms: bool = False, more=(), **wrong) -> Path:
+    """An OCI image layout with one layer. more: members of it; wrong: what to write in place of what is right."""
     layer = make_tar(
-        folder / "layer", member("etc/", tarfile.DIRTYPE), member("etc/hello", data=b"hello\n")
+        folder / "layer", member("etc/", tarfile.DIRTYPE), member("etc/hello", data=b"hello\n"), *more
     ).read_bytes()
     config = {"os": "linux", "architecture": "amd64", "rootfs": {"type": "layers", "diff_ids": [digest(layer)]}}
     config |= wrong.get("config", {})
@@ -104,6 +106,22 @@ def test_compressed_as_a_whole(tmp_path, store, compress):
 
 def test_the_one_for_this_machine(tmp_path, store):
     assert archive.load(store, layout(tmp_path, platforms=True)).diff_ids
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("compress", [lambda data: data, gzip.compress], ids=["plain", "gzip"])
+def test_what_a_layer_may_take_of_memory(tmp_path, store, monkeypatch, compress, pieces):
+    """One that takes more than its share has all of it to itself; with more than that, it is refused."""
+    large = [member(f"{number}", pax_headers={"comment": "x" * 1_000_000}) for number in range(64)]
+    place = layout(tmp_path, compress, more=large)
+    monkeypatch.setattr(archive.together, "width", lambda _most=0: pieces)
+    monkeypatch.setattr(archive, "_MEMORY", pieces * SCANT)
+    if pieces == 1:
+        with pytest.raises(InvalidInput, match=r"a layer takes more than 20 MB of memory to lay out"):
+            archive.load(store, place)
+        assert store.layers() == [] and list((store.home / "tmp").iterdir()) == []
+    else:
+        assert (store.layer(archive.load(store, place).diff_ids[0]) / "16").exists()
 
 
 HOSTILE = [

@@ -614,6 +614,14 @@ BOMBS: dict[str, tuple[Callable[[], Archive], bool | None]] = {
     "many folders": (lambda: _entries(lambda number: member(f"{number}/", DIR)), True),
     "many folders that nobody names": (lambda: _entries(lambda number: member(f"{number}/.wh..wh..opq")), True),
     "many whiteouts": (lambda: _entries(lambda number: member(f".wh.{number}")), True),
+    "many whiteouts of folders": (
+        lambda: _entries(lambda n: member(f".wh.{n // 2}") if n % 2 else member(f"{n // 2}", DIR)), True,
+    ),
+    "many files with two names": (
+        lambda: _entries(lambda n: link(f"{n}", f"{n - 1}", tarfile.LNKTYPE) if n % 2 else member(f"{n}")), True,
+    ),
+    "many long names": (lambda: _entries(lambda number: member(f"d/{'n' * 240}{number}")), None),
+    "many owners that nobody has": (lambda: _entries(lambda number: member(f"{number}", uid=70_000_000)), None),
     "many links of one": (
         lambda: _entries(lambda n: link(f"{n}", "0", tarfile.LNKTYPE) if n else member("0"), 20_000), None,
     ),

@@ -222,6 +222,40 @@ def test_whiteouts_hide_the_layers_below_only(place: Path) -> None:
     assert call("remake", place / "tree", place / "record")["diff_id"] == _digest(archive)
 
 
+def test_the_last_entry_of_a_folder_counts(place: Path, ids: str) -> None:
+    """A folder may come twice, after what is in it too: nothing of an earlier entry is left but its mark."""
+    first = {"SCHILY.xattr.user.one": "1", "SCHILY.xattr.user.both": "1", "SCHILY.xattr.user.overlay.redirect": "/x"}
+    second = {"SCHILY.xattr.user.two": "2", "SCHILY.xattr.user.both": "2"}
+    archive = make_tar(
+        place / "x.tar", member("made/by/its/file", data=b"1"), member("d", DIR, mode=0o1777, uid=70000, gid=7, mtime=9,
+        pax_headers=first), member("d/.wh..wh..opq"), member("./", DIR, mode=0o700, mtime=8), member("d/file"),
+        member("d/", DIR, mode=0o750, mtime=5, pax_headers=second), member("made/by", DIR, mode=0o711, mtime=6),
+        member("./", DIR, mode=0o555, mtime=7),
+    )  # fmt: skip
+    call("lay_out", archive, place / "t", place / "record")
+    assert set(os.listxattr(place / "t/d")) == {"user.both", "user.overlay.opaque", "user.two"}
+    assert os.getxattr(place / "t/d", "user.both") == b"2"
+    call("pack", place / "t", place / "y.tar")
+    found = {name: (info.mode, info.uid, info.gid, info.mtime) for name, info in listing(place / "y.tar").items()}
+    assert {name: found[name] for name in (".", "d", "made", "made/by", "made/by/its")} == {
+        ".": (0o555, 0, 0, 7), "d": (0o750, 0, 0, 5), "made": (0o755, 0, 0, 0), "made/by": (0o711, 0, 0, 6),
+        "made/by/its": (0o755, 0, 0, 0),
+    }  # fmt: skip
+    assert call("remake", place / "t", place / "record")["diff_id"] == _digest(archive)
+    assert sorted(path.name for path in place.iterdir()) == ["record", "t", "x.tar", "y.tar"]
+
+
+def test_a_path_as_deep_as_linux_has(place: Path) -> None:
+    """Made and entered one by one, also from the middle on; its cost is that of its length."""
+    names = ["d"] * 2000
+    deep, beside = "/".join(names), "/".join([*names[:1000], *["e"] * 1000])
+    archive = make_tar(place / "x.tar", member(f"{deep}/f", data=b"1"), member(f"{beside}/f", data=b"2"))
+    call("lay_out", archive, place / "t", place / "record")
+    call("pack", place / "t", place / "y.tar")
+    found = listing(place / "y.tar")
+    assert len(found) == 1 + 2000 + 1000 + 2 and f"{deep}/f" in found and f"{beside}/f" in found
+
+
 def test_shared_whiteouts_are_no_hard_links(place: Path) -> None:
     """overlayfs makes all whiteouts of a mount links of one inode."""
     call("apply", make_tar(place / "x.tar", member(".wh.a")), place / "tree")

@@ -27,6 +27,9 @@ from workbench.images.together import GoOn
 from workbench.model import Corrupt, HostLacks, Image, InvalidInput, Meter, NotFound
 
 _ALONG = 64 << 20  # bytes of a file that comes along
+#: Bytes of memory for all that lay out layers together, for a stranger's archive says how much that takes: some 50
+#: for each name of a layer's largest folder, and 300 for each file with several names.
+_MEMORY = 192 << 20
 _INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
 _SHOWN = 10  # names in an error
 
@@ -210,25 +213,33 @@ def _lay_out(store: Store, source: Source, layers: dict[str, _Layer], staging: P
     sizes = {diff_id: blob.size or 0 for diff_id, blob in layers.items()}  # Docker's archives name none
     unpacking, done = threading.Lock(), set[str]()
 
-    def piece(diff_id: str, go_on: GoOn) -> None:
+    def piece(diff_id: str, memory: int, go_on: GoOn) -> None:
         with clear_errors(TRIED, str(store.home)):
-            _layer(store, source, layers[diff_id], diff_id, staging / diff_id[7:], unpacking, go_on)
+            _layer(store, source, layers[diff_id], diff_id, staging / diff_id[7:], unpacking, memory, go_on)
         done.add(diff_id)
 
     def tell(_number: int) -> None:
         if meter:
             meter("reading", sum(sizes[diff_id] for diff_id in list(done)), sum(sizes.values()))
 
+    largest_first = sorted(sizes, key=sizes.__getitem__, reverse=True)
+    share = _MEMORY // together.width()
     try:
-        together.run([partial(piece, diff_id) for diff_id in sorted(sizes, key=sizes.__getitem__, reverse=True)], tell)
-    except HostLacks:  # there may be room for what one takes meanwhile, if not for what several do
+        together.run([partial(piece, diff_id, share) for diff_id in largest_first], tell)
+    except (HostLacks, MemoryError):  # there may be room for what one takes meanwhile, if not for what several do
         for diff_id in sizes.keys() - done:
             (staging / diff_id[7:]).unlink(missing_ok=True)
-        together.run([partial(piece, diff_id) for diff_id in sizes if diff_id not in done], tell, most=1)
+        rest = [diff_id for diff_id in sizes if diff_id not in done]
+        try:
+            together.run([partial(piece, diff_id, _MEMORY) for diff_id in rest], tell, most=1)
+        except MemoryError:
+            large = f"a layer takes more than {_MEMORY >> 20} MB of memory to lay out"
+            raise InvalidInput(TRIED, large, "take it from somebody you trust, or of smaller layers") from None
 
 
 def _layer(
-    store: Store, source: Source, blob: _Layer, diff_id: str, unpacked: Path, unpacking: threading.Lock, go_on: GoOn
+    store: Store, source: Source, blob: _Layer, diff_id: str, unpacked: Path, unpacking: threading.Lock, memory: int,
+    go_on: GoOn,
 ) -> None:  # fmt: skip
     """Take a layer from its blob, which is held against its digest and size, where they are known.
 
@@ -244,14 +255,14 @@ def _layer(
             with unpacking:
                 unpack(checked, unpacked, go_on)
         _hold(checked, blob)
-        store.add_tar(unpacked, diff_id, meanwhile=go_on)
+        store.add_tar(unpacked, diff_id, meanwhile=go_on, memory=memory)
         unpacked.unlink()
         return
     fd, length = source.place(name)
     try:
         if blob.size not in (None, length):
             raise Corrupt(TRIED, f"blob {digest[:19]} has {length} bytes, not {blob.size}", "get the archive again")
-        store.add_tar(fd, diff_id, length, meanwhile=go_on)
+        store.add_tar(fd, diff_id, length, meanwhile=go_on, memory=memory)
     except (InvalidInput, Corrupt):
         with source.open(name) as file:  # damage is told from what was made so
             checked = Checked(file)

@@ -24,6 +24,7 @@ from workbench.images import tar
 from workbench.images.files import clear_errors
 from workbench.images.normalise import normalise as normalise
 from workbench.images.sink import Sink
+from workbench.images.spool import Spool
 from workbench.images.tree import ESCAPED, OPAQUE, OVERLAY, below, is_whiteout, kept_xattrs, walk
 from workbench.linux.trees import remove as remove
 from workbench.model import Conflict, Corrupt, InvalidInput, WorkbenchError
@@ -32,8 +33,6 @@ WHITEOUT = b".wh."
 OPAQUE_MARK = b".wh..wh..opq"
 _AUFS = b".wh..wh."  # bookkeeping of aufs that old Docker layers carry; says nothing about files
 _APPLY = "apply a layer's archive"
-#: Bytes of folders' attributes, which wait for the end; an ACL takes some dozen.
-_HELD = 16 << 20
 
 Owners = dict[str, Any]
 
@@ -78,30 +77,28 @@ class _Target:
         self.root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self.owners: Owners = {}
         # A root that the archive doesn't mention is as every root is, whatever this process's umask.
-        self._folders: dict[bytes, tar.Entry] = {b"": tar.Entry(b"", tar.FOLDER, 0o755)}
-        self._held = 0
-        self._whiteouts: list[bytes] = []
-        self._opaque: set[bytes] = set()
+        # Both may be longer than memory is to hold.
+        place = os.path.dirname(os.path.abspath(tree))
+        self._folders, self._whiteouts = Spool(place), Spool(place)
+        self._later(b"", tar.Entry(b"", tar.FOLDER, 0o755))
         self._parent, self._parent_fd = b"", os.dup(self.root)
 
     def close(self) -> None:
         os.close(self._parent_fd)
         os.close(self.root)
+        self._folders.close()
+        self._whiteouts.close()
 
     def add(self, entry: tar.Entry, reader: tar.Reader) -> None:
         path = _clean(entry.name)
         shown = os.fsdecode(path)
         parent, _, name = path.rpartition(b"/")
-        if name.startswith(WHITEOUT):
-            self._whiteout(parent, name, entry)
-            return
         try:
+            if name.startswith(WHITEOUT):
+                self._whiteout(parent, name, entry)
+                return
             if entry.kind == tar.FOLDER:
-                self._folder(path, parent, name)
-                self._held += sum(len(key) + len(value) for key, value in entry.xattrs.items())
-                if self._held > _HELD:
-                    raise tar.bad(f"the attributes of its folders take more than {_HELD >> 20} MB")
-                self._folders[path] = entry
+                self._later(path, entry, new=self._folder(parent, name))
                 return
             if not name:
                 raise tar.bad("its root is no folder")
@@ -146,25 +143,43 @@ class _Target:
                     os.mknod(name, stat.S_IFCHR, 0, dir_fd=self._open(parent))
                 except FileExistsError:
                     # layer.md: a whiteout hides what lies below, never what its own layer brings.
-                    if path in self._folders:
-                        self._opaque.add(path)
-            for path in self._opaque:
+                    if stat.S_ISDIR(os.lstat(name, dir_fd=self._open(parent)).st_mode):
+                        self._opaque(path)
+            for path, new, fields in self._folders:
                 shown = os.fsdecode(path)
-                self._open(path)  # the archive may name an opaque folder by its mark alone
+                fd = below(self.root, path, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    if not new:
+                        self._bare(fd, path)
+                    self._attributes(fd, path, tar.Entry(*fields))
+                finally:
+                    os.close(fd)
         except OSError as error:
             raise _refused(error, shown) from None
-        for path, entry in self._folders.items():
-            fd = below(self.root, path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                if path in self._opaque:
-                    os.setxattr(fd, OPAQUE, b"y")
-                self._attributes(fd, path, entry)
-            finally:
-                os.close(fd)
+
+    def _later(self, path: bytes, entry: tar.Entry, new: bool = True) -> None:
+        """A folder gets its attributes once nothing is made in it any more; new: it has none of an earlier entry."""
+        fields = (entry.name, entry.kind, entry.mode, entry.uid, entry.gid, 0, entry.mtime, b"", entry.xattrs)
+        self._folders.append((path, new, fields))
+
+    def _bare(self, fd: int, path: bytes) -> None:
+        """Take away what an earlier entry of the same folder gave it: the last one counts."""
+        self.owners.pop(_text(path), None)
+        for name in os.listxattr(fd):
+            if name != OPAQUE and kept_xattrs(name):
+                os.removexattr(fd, name)
+
+    def _opaque(self, path: bytes) -> None:
+        self._open(path)  # the archive may name an opaque folder by its mark alone
+        fd = below(self.root, path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.setxattr(fd, OPAQUE, b"y")
+        finally:
+            os.close(fd)
 
     def _whiteout(self, parent: bytes, name: bytes, entry: tar.Entry) -> None:
         if name == OPAQUE_MARK:
-            self._opaque.add(parent)
+            self._opaque(parent)
         elif name.startswith(_AUFS):
             return
         elif name[len(WHITEOUT) :] in (b"", b".", b".."):
@@ -180,18 +195,40 @@ class _Target:
             try:
                 fd = below(self.root, path, os.O_PATH | os.O_DIRECTORY)
             except FileNotFoundError:
-                parts = path.split(b"/")
-                for end in range(1, len(parts) + 1):  # no recursion: an archive decides how deep this is
-                    self._folder(b"/".join(parts[:end]), b"/".join(parts[: end - 1]), parts[end - 1])
-                fd = below(self.root, path, os.O_PATH | os.O_DIRECTORY)
+                fd = self._make(path)
             os.close(self._parent_fd)
             self._parent, self._parent_fd = path, fd
         return self._parent_fd
 
-    def _folder(self, path: bytes, parent: bytes, name: bytes) -> None:
-        if path not in self._folders:
-            os.mkdir(name, 0o700, dir_fd=self._open(parent))
-            self._folders[path] = tar.Entry(path, tar.FOLDER, 0o755)
+    def _make(self, path: bytes) -> int:
+        """``_open`` where that or a folder above it is to be made: from one to the next, for there may be thousands."""
+        fd, end = os.dup(self.root), -1
+        for name in path.split(b"/"):
+            end += 1 + len(name)
+            above = fd
+            try:
+                try:
+                    fd = below(above, name, os.O_PATH | os.O_DIRECTORY)
+                except FileNotFoundError:
+                    os.mkdir(name, 0o700, dir_fd=above)
+                    self._later(path[:end], tar.Entry(b"", tar.FOLDER, 0o755))
+                    fd = below(above, name, os.O_PATH | os.O_DIRECTORY)
+            finally:
+                os.close(above)
+        return fd
+
+    def _folder(self, parent: bytes, name: bytes) -> bool:
+        """Make the folder of an entry; False where it is there."""
+        if not name:
+            return False
+        at = self._open(parent)
+        try:
+            os.mkdir(name, 0o700, dir_fd=at)
+        except FileExistsError:
+            if not stat.S_ISDIR(os.lstat(name, dir_fd=at).st_mode):
+                raise
+            return False
+        return True
 
     def _hard_link(self, entry: tar.Entry, path: bytes, name: bytes, at: int) -> None:
         goal = _clean(entry.link)

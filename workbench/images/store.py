@@ -167,13 +167,14 @@ class Store:
 
     def add_tar(
         self, source: Path | str | int, expected: str | None = None, size: int | None = None,
-        meanwhile: Callable[[], None] | None = None,
+        meanwhile: Callable[[], None] | None = None, memory: int | None = None,
     ) -> str:  # fmt: skip
         """Lay out an uncompressed OCI tar as a layer; its diff_id.
 
-        source: a path, or a descriptor of which it is the next ``size`` bytes; meanwhile: as of ``write_tar``.
-        Raises Corrupt when that is not ``expected``, InvalidInput for a hostile or broken archive,
-        HostLacks without space. In none of these cases anything stays.
+        source: a path, or a descriptor of which it is the next ``size`` bytes; meanwhile: as of ``write_tar``; memory:
+        bytes that it may take where it takes long, as of ``userns.call``. Raises Corrupt when that is not ``expected``,
+        InvalidInput for a hostile or broken archive, HostLacks without space, MemoryError. In none of these cases
+        anything stays.
         """
         with files.clear_errors("add a layer", str(self.home)), self.staging() as staging:
             tree, record = str(staging / "tree"), str(staging / "record")
@@ -181,7 +182,7 @@ class Store:
             length = os.stat(given).st_size if size is None else size
             found = userns.call(
                 "workbench.images.layer:lay_out", given, tree, record, size, fds=fds,
-                apart=meanwhile is not None and length > _LONG, meanwhile=meanwhile,
+                apart=meanwhile is not None and length > _LONG, meanwhile=meanwhile, memory=memory,
             )  # fmt: skip
             if expected is not None and found["diff_id"] != expected:
                 raise Corrupt("add a layer", f"the archive is {found['diff_id'][:19]}, not {expected[:19]}", _AGAIN)

@@ -29,7 +29,7 @@ def run(pieces: Iterable[Callable[[GoOn], None]], meanwhile: Callable[[int], Non
         if ended.is_set():
             raise CancelledError
 
-    with _pool(most) as pool, _all_or_none(pool, ended):
+    with ThreadPoolExecutor(width(most), "workbench-piece") as pool, _all_or_none(pool, ended):
         pending = {pool.submit(piece, go_on) for piece in pieces}
         count = len(pending)
         while pending:
@@ -39,8 +39,9 @@ def run(pieces: Iterable[Callable[[GoOn], None]], meanwhile: Callable[[int], Non
                 future.result()
 
 
-def _pool(most: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(most, len(os.sched_getaffinity(0))), "workbench-piece")
+def width(most: int = _MOST) -> int:
+    """How many pieces run at a time."""
+    return min(most, len(os.sched_getaffinity(0)))
 
 
 @contextmanager

@@ -43,19 +43,24 @@ def walk(
 
     For a folder the descriptor is its own, for others that of the folder they are in; both hold until the
     next step. A folder comes before what is in it: whiteouts, other files, then folders, each sorted by
-    bytes. Neither depth nor the number of files costs descriptors.
+    bytes. Neither depth nor the number of files costs descriptors; of memory each name of the folders on the way
+    takes its bytes and some 50.
     """
     root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        pending = [b""]
+        pending = [(b"", [b""])]  # of each folder on the way: its path, and which of its folders are to be entered
         while pending:
-            path = pending.pop()
+            start, folders = pending[-1]
+            if not folders:
+                pending.pop()
+                continue
+            path = start + folders.pop()
             fd = below(root, path, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 yield path, fd, path.rpartition(b"/")[2], os.fstat(fd)
                 start = path + b"/" if path else b""
-                folders: list[bytes] = []
-                others: list[tuple[bool, bytes, os.stat_result | None]] = []
+                folders, whiteouts, others = list[bytes](), list[bytes](), list[bytes]()
+                known: dict[bytes, os.stat_result] = {}  # not of every file of a large folder: half a kilobyte each
                 with os.scandir(fd) as entries:
                     for entry in entries:
                         found = entry.stat(follow_symlinks=False)
@@ -63,15 +68,18 @@ def walk(
                         if not wanted(start + name):
                             continue
                         if stat.S_ISDIR(found.st_mode):
-                            folders.append(start + name)
-                        else:
-                            # Of a large folder only names are kept: what stat(2) says takes half a kilobyte of memory.
-                            kept = found if len(others) < _LARGE else None
-                            others.append((not is_whiteout(found), name, kept))
-                others.sort(key=lambda other: other[:2])
-                for _, name, kept in others:
-                    yield start + name, fd, name, kept or os.stat(name, dir_fd=fd, follow_symlinks=False)
-                pending.extend(sorted(folders, reverse=True))
+                            folders.append(name)
+                            continue
+                        (whiteouts if is_whiteout(found) else others).append(name)
+                        if len(known) < _LARGE:
+                            known[name] = found
+                for names in (whiteouts, others):
+                    names.sort()
+                    for name in names:
+                        seen = known.get(name) or os.stat(name, dir_fd=fd, follow_symlinks=False)
+                        yield start + name, fd, name, seen
+                folders.sort(reverse=True)
+                pending.append((start, folders))
             finally:
                 os.close(fd)
     finally:

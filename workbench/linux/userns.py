@@ -293,14 +293,16 @@ def _main(kind: str, ready: str, go: str, target: str, *arguments: str) -> None:
 
 
 def call(
-    target: str, *args: Any, fds: tuple[int, ...] = (), apart: bool = False, meanwhile: Callable[[], None] | None = None
-) -> Any:
+    target: str, *args: Any, fds: tuple[int, ...] = (), apart: bool = False,
+    meanwhile: Callable[[], None] | None = None, memory: int | None = None,
+) -> Any:  # fmt: skip
     """``module:function(*args)`` where the user's container ids can be read, written and given away.
 
     As real root that is here and now; otherwise, or if it is to be ``apart`` (it forks, and here may be threads), in a
     fresh Python inside B. Arguments and result are JSON; ``fds`` keep their numbers. WorkbenchErrors and OSErrors
-    cross over. meanwhile: called some ten times a second while that Python works; what it raises ends it. Raises
-    HostLacks when B cannot be made.
+    cross over. meanwhile: called some ten times a second while that Python works; what it raises ends it. memory: bytes
+    that it may have in memory, looked at as often; with more it is ended, and MemoryError raised. Raises HostLacks when
+    B cannot be made.
     """
     if host_ids().kind == "root" and not apart:
         module, function = target.split(":")
@@ -311,8 +313,8 @@ def call(
         number = exchange.fileno()
         process = spawn("workbench.linux.userns:_serve_call", (number, *fds), [str(number)], found_by=target)
         try:
-            if meanwhile is not None:
-                _attend(process.pid, meanwhile)
+            if meanwhile is not None or memory is not None:
+                _attend(process.pid, meanwhile, memory)
             process.wait()
         except BaseException:  # Ctrl-C: nothing goes on behind the user's back
             process.kill()
@@ -333,16 +335,26 @@ def call(
     raise LaunchFailed(f"run {target}", f"its process ended with {process.returncode}")
 
 
-def _attend(pid: int, meanwhile: Callable[[], None]) -> None:
-    """Until a child has ended, with no delay at that."""
+def _attend(pid: int, meanwhile: Callable[[], None] | None, memory: int | None) -> None:
+    """Until a child has ended, with no delay at that. Its memory is looked at from here, and it is killed for it: a
+    Python that is refused memory cannot even end in order."""
     fd = os.pidfd_open(pid)
     try:
         ended = select.poll()  # a server may have more descriptors than select(2) takes
         ended.register(fd, select.POLLIN)
         while not ended.poll(_OFTEN):
-            meanwhile()
+            if meanwhile is not None:
+                meanwhile()
+            if memory is not None and _resident(pid) > memory:
+                raise MemoryError(f"more than {memory} bytes")
     finally:
         os.close(fd)
+
+
+def _resident(pid: int) -> int:
+    """Bytes that a child has in memory (statm in proc_pid_statm(5)); none once it has ended."""
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _serve_call(exchange: str) -> None:
