@@ -32,7 +32,7 @@ from workbench.model import Conflict, Corrupt, InvalidInput, WorkbenchError
 WHITEOUT = b".wh."
 OPAQUE_MARK = b".wh..wh..opq"
 _AUFS = b".wh..wh."  # bookkeeping of aufs that old Docker layers carry; says nothing about files
-_APPLY = "apply a layer's archive"
+_APPLY, _PACK = "apply a layer's archive", "write a layer's archive"
 
 Owners = dict[str, Any]
 
@@ -317,7 +317,7 @@ def pack(tree: str, out: str | int | None = None, clamp: int | None = None) -> d
     """
     owners = read_owners(tree)
     links: dict[tuple[int, int], bytes] = {}
-    with clear_errors("write a layer's archive", out if isinstance(out, str) else tree):
+    with clear_errors(_PACK, out if isinstance(out, str) else tree):
         sink = Sink(out)
         try:
             for path, at, name, found in walk(tree):
@@ -346,11 +346,7 @@ def entries(
         yield tar.Entry(path[: -len(name)] + WHITEOUT + name, tar.FILE), -1
         return
     if name.startswith(WHITEOUT):
-        raise InvalidInput(
-            "write a layer's archive",
-            f"/{os.fsdecode(path)} has a name that means a removed file",
-            "rename it",
-        )
+        raise InvalidInput(_PACK, f"/{os.fsdecode(path)} has a name that means a removed file", "rename it")
     entry = tar.Entry(path, tar.FILE, stat.S_IMODE(mode), found.st_uid, found.st_gid, 0, found.st_mtime_ns)
     aside = owners.get(_text(path)) if owners else None
     if aside and "owner" in aside:
@@ -383,11 +379,7 @@ def entries(
         entry.kind = tar.FIFO
         yield entry, -1
     elif kind != stat.S_IFSOCK:  # a socket is nothing without the process behind it
-        raise InvalidInput(
-            "write a layer's archive",
-            f"/{os.fsdecode(path)} is a device, which no layer may hold",
-            "remove it",
-        )
+        raise InvalidInput(_PACK, f"/{os.fsdecode(path)} is a device, which no layer may hold", "remove it")
 
 
 def _read_xattrs(entry: tar.Entry, fd: int, aside: Owners | None) -> bool:
@@ -470,7 +462,7 @@ def remake(tree: str, record: str | None, out: str | int | None = None) -> dict[
     if record is None:
         return pack(tree, out)
     root = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    with clear_errors("write a layer's archive", out if isinstance(out, str) else tree):
+    with clear_errors(_PACK, out if isinstance(out, str) else tree):
         sink = Sink(out)
         try:
             for data, size in tar.read_record(record):
