@@ -145,13 +145,14 @@ class _Target:
                     # layer.md: a whiteout hides what lies below, never what its own layer brings.
                     if stat.S_ISDIR(os.lstat(name, dir_fd=self._open(parent)).st_mode):
                         self._opaque(path)
-            for path, new, fields in self._folders:
-                shown = os.fsdecode(path)
+            for new, fields in self._folders:
+                entry = tar.Entry(*fields)
+                shown, path = os.fsdecode(entry.name), entry.name
                 fd = below(self.root, path, os.O_RDONLY | os.O_DIRECTORY)
                 try:
                     if not new:
                         self._bare(fd, path)
-                    self._attributes(fd, path, tar.Entry(*fields))
+                    self._attributes(fd, path, entry)
                 finally:
                     os.close(fd)
         except OSError as error:
@@ -159,8 +160,8 @@ class _Target:
 
     def _later(self, path: bytes, entry: tar.Entry, new: bool = True) -> None:
         """A folder gets its attributes once nothing is made in it any more; new: it has none of an earlier entry."""
-        fields = (entry.name, entry.kind, entry.mode, entry.uid, entry.gid, 0, entry.mtime, b"", entry.xattrs)
-        self._folders.append((path, new, fields))
+        fields = (path, entry.kind, entry.mode, entry.uid, entry.gid, 0, entry.mtime, b"", entry.xattrs)
+        self._folders.append((new, fields))
 
     def _bare(self, fd: int, path: bytes) -> None:
         """Take away what an earlier entry of the same folder gave it: the last one counts."""

@@ -27,6 +27,12 @@ def state(pid: int) -> str:
     return "X"
 
 
+def resident(pid: int) -> int:
+    """Bytes that a process has in memory, shared ones too (proc_pid_statm(5)); none once it ended. Raises OSError."""
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def usage(init: int) -> Usage | None:
     """What the namespace of this process uses, added up; None when it is gone.
 
@@ -58,5 +64,4 @@ def _memory(pid: int) -> int:
         with open(f"/proc/{pid}/smaps_rollup") as file:
             return next(int(line.split()[1]) << 10 for line in file if line.startswith("Pss:"))
     except (OSError, StopIteration):
-        with open(f"/proc/{pid}/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return resident(pid)

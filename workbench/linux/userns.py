@@ -338,6 +338,8 @@ def call(
 def _attend(pid: int, meanwhile: Callable[[], None] | None, memory: int | None) -> None:
     """Until a child has ended, with no delay at that. Its memory is looked at from here, and it is killed for it: a
     Python that is refused memory cannot even end in order."""
+    from workbench.linux import processes  # needed by long work alone
+
     fd = os.pidfd_open(pid)
     try:
         ended = select.poll()  # a server may have more descriptors than select(2) takes
@@ -345,16 +347,10 @@ def _attend(pid: int, meanwhile: Callable[[], None] | None, memory: int | None) 
         while not ended.poll(_OFTEN):
             if meanwhile is not None:
                 meanwhile()
-            if memory is not None and _resident(pid) > memory:
+            if memory is not None and processes.resident(pid) > memory:
                 raise MemoryError(f"more than {memory} bytes")
     finally:
         os.close(fd)
-
-
-def _resident(pid: int) -> int:
-    """Bytes that a child has in memory (statm in proc_pid_statm(5)); none once it has ended."""
-    with open(f"/proc/{pid}/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _serve_call(exchange: str) -> None:
