@@ -17,7 +17,7 @@ from workbench.images.store import Store
 from workbench.model import Corrupt, InvalidInput, NotFound, WorkbenchError
 
 #: Bytes of memory that are too few for one who lays out a layer, while twice as many are enough.
-SCANT = 20 << 20
+SCANT = 16 << 20
 MACHINE = {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()]
 
 
@@ -117,7 +117,7 @@ def test_what_a_layer_may_take_of_memory(tmp_path, store, monkeypatch, compress,
     monkeypatch.setattr(archive.together, "width", lambda _most=0: pieces)
     monkeypatch.setattr(archive, "_MEMORY", pieces * SCANT)
     if pieces == 1:
-        with pytest.raises(InvalidInput, match=r"a layer takes more than 20 MB of memory to lay out"):
+        with pytest.raises(InvalidInput, match="a layer takes more than 16 MB of memory to lay out"):
             archive.load(store, place)
         assert store.layers() == [] and list((store.home / "tmp").iterdir()) == []
     else:
