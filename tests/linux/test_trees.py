@@ -47,10 +47,11 @@ def test_many_names_take_no_memory(
 def test_names_that_it_would_take_itself(tmp_path: Path) -> None:
     """What is deep down goes up under a name that the tree may have, as a file, a folder, or one with content."""
     tree = tmp_path / "tree"
-    for number in range(3):
+    for number in range(20):  # so many that some are taken, in whatever order the disk lists them
         (tree / f"{number}" / "/".join(["d"] * 150)).mkdir(parents=True)
-    (tree / ".deep-0").write_text("x")
-    (tree / ".deep-1").mkdir()
-    (tree / ".deep-2" / "full").mkdir(parents=True)
+        if number % 3 == 0:
+            (tree / f".deep-{number}").write_text("x")
+        else:
+            (tree / f".deep-{number}" / ("full" * (number % 3 - 1))).mkdir(parents=True)
     trees.remove(str(tree))
     assert os.listdir(tmp_path) == []
